@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all their own set-up in .venv; nothing else is needed.
+PYTHON ?= python3
+VENV ?= .venv
+# The release that the declared range was tested with; another one of the range works as well:
+# make test TORCH="torch==2.12.1"
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := setup.cfg setup.py pyproject.toml $(wildcard hf_vqlogits/ops/csrc/* conversion/csrc/*)
+
+.PHONY: demo test lint format wheel-test benchmarks-quick clean
+
+$(INSTALLED): $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,demo,bench]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py --output demo-output
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The wheel, built from the sdist and used from an empty folder, where no checkout can hide a gap.
+wheel-test: $(INSTALLED)
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	$(BIN)/python tests/check_wheel.py dist
+
+benchmarks-quick: $(INSTALLED)
+	$(BIN)/python -m benchmarks.quality_fit --quick --output $(VENV)/quality_fit.json
+
+clean:
+	rm -rf $(VENV) build dist demo-output *.egg-info
