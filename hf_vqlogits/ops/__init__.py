@@ -1,0 +1,11 @@
+"""Operations on codes, scores and logits; they know tensors only.
+
+`eager.py` is the specification. `registration.py` and `cross_entropy.py` declare the operations to
+PyTorch, `backends.py` chooses who computes them: `eager.py`, `matmul.py` or the compiled `cpu.py`.
+"""
+
+from .cross_entropy import linear_cross_entropy
+from .eager import pack_signs, unpack_signs
+from .registration import expand
+
+__all__ = ["expand", "linear_cross_entropy", "pack_signs", "unpack_signs"]

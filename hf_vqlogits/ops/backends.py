@@ -1,0 +1,86 @@
+"""Who computes an operation.
+
+The environment variable `VQLOGITS_BACKEND` forces one, for tests and comparisons:
+
+    auto     the default: the fastest for the device, the codes and the scores
+    eager    PyTorch operations, sign codes unpacked piece by piece
+    matmul   sign codes as a product with the kept +-1 matrix, index codes as `eager`
+    cpu      the compiled kernel, by the fastest path that the processor has
+    avx512   the compiled kernel, 16-bit tables in AVX-512 registers
+    plain    the compiled kernel, portable C++
+
+Gradients have no kernel: the compiled names choose as `auto` does for them.
+"""
+
+import os
+
+from torch import Tensor
+
+from . import cpu, matmul
+
+BACKENDS = ("auto", "eager", "matmul", "cpu", "avx512", "plain")
+VARIABLE = "VQLOGITS_BACKEND"
+
+
+def requested() -> str:
+    """The value of `VQLOGITS_BACKEND`.
+
+    Raises:
+        ValueError: it is no backend.
+    """
+    name = os.environ.get(VARIABLE, "auto")
+    if name not in BACKENDS:
+        raise ValueError(
+            f"The environment variable {VARIABLE} is {name!r}, which is no backend; set it to one "
+            f"of {', '.join(BACKENDS)}, or unset it."
+        )
+    return name
+
+
+def for_expand(scores: Tensor, codes: Tensor, code_type: str) -> str:
+    """`eager`, `matmul`, `avx512` or `plain` for the logits of these scores.
+
+    Raises:
+        ValueError: `VQLOGITS_BACKEND` is unknown.
+        RuntimeError: it forces a compiled path that is missing or does not know such tensors.
+    """
+    name = requested()
+    # The kernels win at any number of rows, so there is no crossover to look for. V 50,257, R 500,
+    # 2 cores: avx512 0.16, 5.1, 39 ms for 1, 64, 256 rows, against 13, 28, 82 ms for the product
+    # with unpacked signs. Without AVX-512 in the product either, plain takes 0.9, 21, 110, 410 ms
+    # for 1, 64, 256, 1,024 rows, against 13, 41, 134, 504 ms.
+    if name in ("auto", "cpu", "avx512", "plain"):
+        for path in cpu.paths() if scores.device.type == "cpu" else ():
+            if name in ("auto", "cpu", path) and cpu.supports(path, scores, codes, code_type):
+                return path
+    if name in ("cpu", "avx512", "plain"):
+        raise RuntimeError(
+            f"{VARIABLE}={name} cannot be obeyed: this machine has the compiled paths "
+            f"{list(cpu.paths())}, the scores are {scores.dtype} {tuple(scores.shape)} on "
+            f"{scores.device}. The kernels take float32, bfloat16 and float16 on the CPU, avx512 "
+            "at most 32 codewords a codebook and no codes made under `torch.inference_mode()`. "
+            "Unset the variable to have a backend chosen."
+        )
+    return _without_kernel(name, scores, codes, code_type, scores.shape[1])
+
+
+def for_expand_backward(grad: Tensor, codes: Tensor, code_type: str, num_codebooks: int) -> str:
+    """`eager` or `matmul` for the gradient of scores with G or R codebooks.
+
+    Raises:
+        ValueError: `VQLOGITS_BACKEND` is unknown.
+    """
+    name = requested()
+    if name not in ("eager", "matmul") and grad.device.type == "cpu" and cpu.paths():
+        # Nothing else keeps the +-1 matrix then, and to unpack it costs a fraction of the product.
+        return "eager"
+    return _without_kernel(name, grad, codes, code_type, num_codebooks)
+
+
+def _without_kernel(
+    name: str, tensor: Tensor, codes: Tensor, code_type: str, num_codebooks: int
+) -> str:
+    if name == "eager" or code_type == "index":
+        return "eager"
+    kept = name == "matmul" or matmul.fits(codes, num_codebooks, tensor.dtype)
+    return "matmul" if kept else "eager"

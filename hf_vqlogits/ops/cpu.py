@@ -1,0 +1,197 @@
+"""The compiled CPU kernels: loading them, and calling them on tensors.
+
+The library is built from `csrc/` when the package is installed, if there is a C++ compiler. It has
+two paths: `avx512`, tables of 16-bit partial sums, for sign codes and for index codes with K <= 32;
+and `plain`, portable C++ with tables of float32, for all codes. It is a plain C library, bound to no
+version of Python or PyTorch.
+"""
+
+import ctypes
+import functools
+import importlib.machinery
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tensor_cache import TensorCache
+
+logger = logging.getLogger(__name__)
+
+_INTERFACE = 1  # `kInterface` in csrc/expand.cpp
+_EXTENSION = "_expand"  # in setup.py
+_OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LARGEST_AVX512_CODEBOOK = 32  # an index must fit a field of 5 bits
+
+
+class _Coding(ctypes.Structure):
+    """`Coding` in csrc/coding.h."""
+
+    _fields_ = (
+        ("vocabulary", ctypes.c_int64),
+        ("codebooks", ctypes.c_int64),
+        ("codewords", ctypes.c_int64),
+        ("sign", ctypes.c_int32),
+        ("code_bytes", ctypes.c_int32),
+    )
+
+
+class _Prepared(NamedTuple):
+    """What the kernels need to know of a tensor of codes, beside its bytes."""
+
+    coding: _Coding
+    address: int  # of `coding`
+    tiles: Tensor | None  # the codes in the order in which the AVX-512 kernel reads them
+
+
+_prepared: TensorCache[_Prepared] = TensorCache()
+
+
+def paths() -> tuple[str, ...]:
+    """The paths that this machine can take, the fastest first; none without the library."""
+    library = _load()
+    if library is None:
+        return ()
+    return ("avx512", "plain") if library.vqlogits_has_avx512() else ("plain",)
+
+
+def supports(path: str, scores: Tensor, codes: Tensor, code_type: str) -> bool:
+    """Whether a path knows such scores and codes."""
+    if scores.dtype not in _OUTPUT_TYPES or scores.device.type != "cpu":
+        return False
+    if path == "plain":
+        return True
+    small = code_type == "sign" or scores.shape[2] <= _LARGEST_AVX512_CODEBOOK
+    # Tiles that may no longer match their codes are worse than a slower kernel.
+    return small and TensorCache.can_hold(codes)
+
+
+def expand(scores: Tensor, codes: Tensor, code_type: str, path: str) -> Tensor:
+    """Logits (N, V) of scores (N, R) or (N, G, K), in their type, by one of the [`paths`].
+
+    Sums are taken in float32. `avx512` rounds every table to 16-bit integers of a scale that fits
+    each row and each segment of its codes; the error of a logit is at most half a scale per table
+    (derived in csrc/tables_avx512.h), in practice below 0.5% of the deviation of a row's logits. A
+    row with a score that is NaN or infinite becomes NaN as a whole there.
+
+    Raises:
+        IndexError: an index code lies outside 0..K-1.
+        MemoryError: there is no memory for the tables.
+    """
+    library = _load()
+    assert library is not None
+    prepared = _prepare(codes, code_type, tuple(scores.shape[1:]), path)
+    exact = scores.to(torch.float32).contiguous()
+    rows, threads = scores.shape[0], torch.get_num_threads()
+    if path == "avx512":
+        assert prepared.tiles is not None
+        logits = torch.empty(rows, codes.shape[0], dtype=scores.dtype)
+        failed = library.vqlogits_expand_avx512(
+            prepared.address,
+            exact.data_ptr(),
+            prepared.tiles.data_ptr(),
+            rows,
+            _OUTPUT_TYPES[scores.dtype],
+            logits.data_ptr(),
+            threads,
+        )
+    else:
+        codes = codes.contiguous()
+        logits = torch.empty(rows, codes.shape[0], dtype=torch.float32)
+        failed = library.vqlogits_expand_plain(
+            prepared.address, exact.data_ptr(), codes.data_ptr(), rows, logits.data_ptr(), threads
+        )
+    if failed:
+        raise MemoryError(f"no memory for the tables of {rows} rows of scores")
+    return logits.to(scores.dtype)
+
+
+def _prepare(codes: Tensor, code_type: str, shape: tuple[int, ...], path: str) -> _Prepared:
+    def make() -> _Prepared:
+        return _make_prepared(codes, code_type, shape, path)
+
+    if not TensorCache.can_hold(codes):
+        return make()
+    return _prepared.get(codes, (code_type, shape, path), make)
+
+
+def _make_prepared(codes: Tensor, code_type: str, shape: tuple[int, ...], path: str) -> _Prepared:
+    sign = code_type == "sign"
+    codewords = 2 if sign else shape[1]
+    if not sign and codes.numel():
+        least, largest = (int(code) for code in codes.aminmax())
+        if least < 0 or largest >= codewords:
+            raise IndexError(
+                f"`codes` holds {least if least < 0 else largest}, but the scores have {codewords} "
+                f"codewords a codebook: codes run from 0 to {codewords - 1}."
+            )
+    coding = _Coding(codes.shape[0], shape[0], codewords, sign, codes.element_size())
+    address = ctypes.addressof(coding)
+    if path == "plain":
+        return _Prepared(coding, address, None)
+    library = _load()
+    assert library is not None
+    codes = codes.contiguous()
+    tiles = torch.empty(library.vqlogits_tile_words(address), dtype=torch.int16)
+    library.vqlogits_tile(address, codes.data_ptr(), tiles.data_ptr(), torch.get_num_threads())
+    return _Prepared(coding, address, tiles)
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    """The compiled library; None, with one warning, where there is none that works."""
+    places = [
+        Path(__file__).with_name(_EXTENSION + suffix)
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES
+    ]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        reason = "it was not built"
+    else:
+        try:
+            library = ctypes.CDLL(str(found))
+            interface = library.vqlogits_interface()
+        except (OSError, AttributeError) as error:
+            reason = str(error)
+        else:
+            if interface == _INTERFACE:
+                _declare(library)
+                use_threads_of_torch(library)
+                return library
+            reason = f"it was built from other sources (interface {interface}, not {_INTERFACE})"
+    logger.warning(
+        "The compiled CPU kernel of hf_vqlogits is not used: %s. PyTorch operations take its "
+        "place, slower at few rows. Reinstall the package where there is a C++ compiler.",
+        reason,
+    )
+    return None
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    for name, result, arguments in (
+        ("has_avx512", int32, ()),
+        ("use_openmp", None, (pointer,)),
+        ("tile_words", int64, (pointer,)),
+        ("tile", None, (pointer, pointer, pointer, int32)),
+        ("expand_avx512", int32, (pointer, pointer, pointer, int64, int32, pointer, int32)),
+        ("expand_plain", int32, (pointer, pointer, pointer, int64, pointer, int32)),
+    ):
+        function = getattr(library, f"vqlogits_{name}")
+        function.restype, function.argtypes = result, arguments
+
+
+def use_threads_of_torch(library: ctypes.CDLL) -> None:
+    """Let the kernels run on the threads that PyTorch already has (why: csrc/parallel.h)."""
+    # A symbol is looked up in a library and then in those that it was linked with: this finds the
+    # very OpenMP runtime of this PyTorch, under whatever name its package carries it.
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+            start = torch_library.GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        library.vqlogits_use_openmp(ctypes.cast(start, ctypes.c_void_p))
+        return

@@ -1,0 +1,148 @@
+"""The specification of the operations, in eager PyTorch.
+
+Letters: N rows, V vocabulary, G codebooks (R for sign codes), K codewords.
+
+    sign codes    logits[n, v] = sum_r s[v, r] * scores[n, r],  s[v, r] = +1 or -1
+    index codes   logits[n, v] = sum_g scores[n, g, codes[v, g]]
+
+Bit r of token v is `(codes[v, r // 8] >> (r % 8)) & 1`; 1 stands for +1, and bits above R are 0.
+Everything here works on any device and in any floating-point type; sums of bfloat16 and float16
+scores are taken in float32 and rounded once.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Bytes of the piece of the +-1 matrix that exists at a time. It is written and read once, so it
+# should stay in a core's cache: gradient of 64 rows, V 50,257, R 1,000, 2 cores: 65 ms in pieces of
+# 1 MB, 54 ms in 4 MB, 57 ms in 16 MB.
+_PIECE_BYTES = 4 << 20
+
+
+def pack_signs(signs: Tensor) -> Tensor:
+    """Pack signs into bits, eight a byte, the first in the lowest bit.
+
+    Args:
+        signs: bool (True is +1) or numbers that are all +1 or -1, (..., R).
+
+    Returns:
+        uint8 codes (..., ceil(R / 8)); bits above R are 0.
+
+    Raises:
+        ValueError: there are no signs to pack, or a number is neither +1 nor -1.
+    """
+    if signs.dim() == 0 or signs.shape[-1] == 0:
+        raise ValueError(
+            f"`signs` has shape {tuple(signs.shape)}; its last dimension must hold R >= 1 signs."
+        )
+    if signs.dtype is not torch.bool:
+        if not bool(((signs == 1) | (signs == -1)).all()):
+            raise ValueError(
+                "`signs` holds a number that is neither +1 nor -1; compare first, as in "
+                "`signs > 0`, to say what becomes of the others."
+            )
+        signs = signs > 0
+    width = -(-signs.shape[-1] // 8)
+    codes = torch.zeros(*signs.shape[:-1], width, dtype=torch.uint8, device=signs.device)
+    for bit in range(min(8, signs.shape[-1])):
+        column = signs[..., bit::8].to(torch.uint8) << bit
+        codes[..., : column.shape[-1]] |= column
+    return codes
+
+
+def unpack_signs(
+    codes: Tensor, num_codebooks: int, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Write out the +-1 matrix that packed signs stand for.
+
+    Args:
+        codes: uint8 (..., ceil(R / 8)).
+        num_codebooks: R.
+        dtype: of the result.
+
+    Returns:
+        +1 and -1, (..., R).
+
+    Raises:
+        ValueError: `codes` is not as wide as R signs need.
+    """
+    width = -(-num_codebooks // 8)
+    if num_codebooks < 1 or codes.dim() == 0 or codes.shape[-1] != width:
+        raise ValueError(
+            f"`codes` has shape {tuple(codes.shape)}, but {num_codebooks} signs a token "
+            f"(`num_codebooks`, at least 1) make a last dimension of {width} bytes."
+        )
+    # Looking eight signs up a byte writes the result once; to shift out bit after bit takes several
+    # passes over it.
+    signs = _signs_of_bytes(dtype, codes.device).index_select(0, codes.flatten().int())
+    return signs.view(*codes.shape[:-1], 8 * width)[..., :num_codebooks]
+
+
+def expand(scores: Tensor, codes: Tensor, code_type: str) -> Tensor:
+    """Logits (N, V) of scores (N, R) or (N, G, K): the two equations above."""
+    return _expand_signs(scores, codes) if code_type == "sign" else _expand_indices(scores, codes)
+
+
+def expand_backward(grad: Tensor, codes: Tensor, code_type: str, shape: tuple[int, ...]) -> Tensor:
+    """Gradient of [`expand`] with respect to scores of the given shape, from that of the logits."""
+    if code_type == "sign":
+        return _expand_signs_backward(grad, codes, shape[1])
+    return _expand_indices_backward(grad, codes, shape[1], shape[2])
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type in which scores of type `dtype` are summed."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _expand_signs(scores: Tensor, codes: Tensor) -> Tensor:
+    exact = scores.to(sum_dtype(scores.dtype))
+    logits = scores.new_empty(scores.shape[0], codes.shape[0])
+    for tokens, signs in _pieces(codes, scores.shape[1], exact.dtype):
+        logits[:, tokens] = exact @ signs.T  # (N, R) @ (R, tokens)
+    return logits
+
+
+def _expand_signs_backward(grad: Tensor, codes: Tensor, num_codebooks: int) -> Tensor:
+    exact = grad.to(sum_dtype(grad.dtype))
+    sums = exact.new_zeros(grad.shape[0], num_codebooks)
+    for tokens, signs in _pieces(codes, num_codebooks, exact.dtype):
+        sums.addmm_(exact[:, tokens], signs)  # (N, tokens) @ (tokens, R)
+    return sums.to(grad.dtype)
+
+
+def _expand_indices(scores: Tensor, codes: Tensor) -> Tensor:
+    exact = scores.to(sum_dtype(scores.dtype))
+    logits = exact[:, 0].index_select(1, codes[:, 0].int())  # (N, K) -> (N, V)
+    for g in range(1, codes.shape[1]):
+        logits += exact[:, g].index_select(1, codes[:, g].int())
+    return logits.to(scores.dtype)
+
+
+def _expand_indices_backward(
+    grad: Tensor, codes: Tensor, num_codebooks: int, codebook_size: int
+) -> Tensor:
+    exact = grad.to(sum_dtype(grad.dtype))
+    sums = exact.new_zeros(grad.shape[0], num_codebooks, codebook_size)
+    for g in range(num_codebooks):
+        index = codes[:, g].long().expand(grad.shape[0], -1)  # (N, V), without copies of the V
+        sums[:, g].scatter_add_(1, index, exact)
+    return sums.to(grad.dtype)
+
+
+def _pieces(
+    codes: Tensor, num_codebooks: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Pieces of the +-1 matrix (V, R), which as a whole is as large as a dense layer."""
+    step = max(1, _PIECE_BYTES // (num_codebooks * dtype.itemsize))
+    for begin in range(0, codes.shape[0], step):
+        tokens = slice(begin, begin + step)
+        yield tokens, unpack_signs(codes[tokens], num_codebooks, dtype=dtype)
+
+
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eight signs of each byte, (256, 8)."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
+    return (2 * (bits & 1) - 1).to(dtype)
