@@ -1,0 +1,142 @@
+"""Configuration of a causal language model with a vector-quantised output layer."""
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+CODE_TYPES = ("sign", "index")
+
+
+@strict
+class VQLogitsConfig(PreTrainedConfig):
+    r"""Configuration of [`VQLogitsForCausalLM`]: any decoder's configuration plus that of its head.
+
+    Letters: V vocabulary, d hidden size, G codebooks, K codewords each, R bits a token.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the backbone, any decoder that `AutoModel` knows. V (`vocab_size`) and
+            d (`hidden_size`) are read from it. Defaults to that of GPT-2.
+        code_type (`str`, *optional*, defaults to `"sign"`):
+            `"sign"`: a token's output vector is a signed sum of all R codewords, one bit each.
+            `"index"`: it is the sum of one codeword out of K from each of G codebooks; G = 1 is
+            the form of the VQ-Logits paper.
+        num_codebooks (`int`, *optional*, defaults to 512):
+            R for sign codes, G for index codes; at least 1.
+        codebook_size (`int`, *optional*, defaults to 2):
+            K: 2 for sign codes (+c and -c, of which only c is stored), 1 to V for index codes.
+        logit_scale (`float`, *optional*, defaults to 1.0):
+            Factor that the family applies to its logits (Cohere's `logit_scale`, the inverse of
+            Granite's `logits_scaling`).
+        final_logit_softcapping (`float`, *optional*):
+            The c of `c * tanh(logits / c)` (Gemma 2), applied after the scale.
+
+    Raises:
+        ValueError: a field is out of range, or fields contradict each other.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> config = VQLogitsConfig(text_config=GPT2Config(), num_codebooks=500)
+        >>> config.vocab_size, config.hidden_size
+        (50257, 768)
+    """
+
+    model_type = "vqlogits"
+    sub_configs_defaults = {  # noqa: RUF012 - Transformers declares it as a ClassVar
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2")
+    }
+    # The backbone brings its own plan; the default one names layers that this model has not.
+    base_model_fsdp_plan = {}  # noqa: RUF012 - as above
+    # Trainer would otherwise gather the caches of state-space backbones with the predictions.
+    keys_to_ignore_at_inference = ["past_key_values", "cache_params"]  # noqa: RUF012 - as above
+
+    text_config: PreTrainedConfig | dict[str, Any] | None = None
+    code_type: str = "sign"
+    num_codebooks: int = 512
+    codebook_size: int = 2
+    logit_scale: float | int = 1.0
+    final_logit_softcapping: float | int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Complete the fields and check them.
+
+        The strict dataclass repeats the check, but wraps what it raises in an error of its own
+        that is no `ValueError`.
+        """
+        for name in ("vocab_size", "hidden_size"):
+            if name in kwargs:
+                raise ValueError(
+                    f"`{name}` is a field of `text_config` and not of `VQLogitsConfig`. A "
+                    "config.json that holds it is not of a VQ-Logits checkpoint: convert the model "
+                    "with `convert_to_vq` first."
+                )
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    @property
+    def vocab_size(self) -> int:
+        """V, read from `text_config`."""
+        return self.get_text_config().vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the hidden states that reach the head, read from `text_config`.
+
+        OPT projects its hidden states to `word_embed_proj_dim` before the output layer.
+        """
+        text_config = self.get_text_config()
+        return getattr(text_config, "word_embed_proj_dim", None) or text_config.hidden_size
+
+    @property
+    def use_cache(self) -> bool:
+        """Whether the backbone returns its cache, read from and written to `text_config`.
+
+        Trainer and many scripts switch it here.
+        """
+        return getattr(self.get_text_config(), "use_cache", True)
+
+    @use_cache.setter
+    def use_cache(self, value: bool) -> None:
+        self.get_text_config().use_cache = value
+
+    def validate_architecture(self) -> None:
+        """Check the head's fields against each other and against the backbone's.
+
+        Raises:
+            ValueError: names the field, its value and what is allowed.
+        """
+        if self.get_text_config().is_encoder_decoder:
+            raise ValueError(
+                "`text_config` must describe a decoder, got the encoder-decoder "
+                f"{self.get_text_config().model_type!r}, which this package does not support."
+            )
+        if self.code_type not in CODE_TYPES:
+            raise ValueError(f"`code_type` must be one of {CODE_TYPES}, got {self.code_type!r}.")
+        if self.num_codebooks < 1:
+            raise ValueError(f"`num_codebooks` must be at least 1, got {self.num_codebooks}.")
+        if self.code_type == "sign" and self.codebook_size != 2:
+            raise ValueError(
+                "`codebook_size` must be 2 for sign codes (a codeword and its opposite), got "
+                f"{self.codebook_size}; use `code_type='index'` for larger codebooks."
+            )
+        if self.code_type == "index" and not 1 <= self.codebook_size <= self.vocab_size:
+            raise ValueError(
+                f"`codebook_size` must lie between 1 and the vocabulary size {self.vocab_size}, "
+                f"got {self.codebook_size}: more codewords than tokens cannot all be used."
+            )
+        if not 0 < self.logit_scale < math.inf:
+            raise ValueError(f"`logit_scale` must be positive and finite, got {self.logit_scale}.")
+        cap = self.final_logit_softcapping
+        if cap is not None and not 0 < cap < math.inf:
+            raise ValueError(
+                f"`final_logit_softcapping` must be positive and finite, or None, got {cap}."
+            )
+        if self.tie_word_embeddings:
+            raise ValueError(
+                "`tie_word_embeddings` must be False: a quantised head has no dense weight that "
+                "the input embedding could share."
+            )

@@ -1,0 +1,274 @@
+"""The vector-quantised output layer.
+
+Letters, here and everywhere: N rows (positions), V vocabulary, d hidden size, G codebooks,
+K codewords each, R bits a token.
+
+A small matrix product gives scores, and a token's logit is a sum of the scores that its code
+names, without a multiplication per token:
+
+    index codes   logits[n, v] = sum_g scores[n, g, codes[v, g]]
+    sign codes    logits[n, v] = sum_r s[v, r] scores[n, r],  s = +1 or -1
+
+with scores = hidden . codebook + codebook_bias. G = 1 is the VQ-Logits paper's layer.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .ops import eager
+
+
+class HeadConfig(Protocol):
+    """The fields that a head reads; [`VQLogitsConfig`] has them."""
+
+    code_type: str
+    num_codebooks: int
+    codebook_size: int
+    logit_scale: float
+    final_logit_softcapping: float | None
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the hidden states."""
+        ...
+
+
+class VQLogitsHead(nn.Module):
+    """Output layer whose V x d weight is a small codebook and a code per token.
+
+    Equivalent to `nn.Linear` with `weight, bias = head.to_linear()`, followed by the scale and
+    soft-cap of the configuration, at a fraction of the memory and time.
+
+    Attributes:
+        codebook: parameter, sign codes (R, d), index codes (G, K, d).
+        codebook_bias: parameter, sign codes (R,), index codes (G, K).
+        codes: buffer, sign codes uint8 (V, ceil(R / 8)), bit r of a token in bit r % 8 of byte
+            r // 8, 1 meaning +1; index codes (V, G), uint8 up to K = 256, else int32.
+        hidden_mean: buffer (d,), mean hidden state of the calibration text, zero without one.
+        fold_direction: buffer (d,), u = E[h h^T]^-1 E[h] of the calibration text: the direction
+            along which `bias * u` in the weights is the least-squares substitute of a bias.
+
+    Args:
+        config: a [`VQLogitsConfig`], or any object with the fields of [`HeadConfig`].
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> from hf_vqlogits import VQLogitsConfig
+        >>> head = VQLogitsHead(VQLogitsConfig(text_config=GPT2Config(), num_codebooks=500))
+        >>> head(torch.randn(2, 3, 768)).shape
+        torch.Size([2, 3, 50257])
+    """
+
+    codes: Tensor
+    hidden_mean: Tensor
+    fold_direction: Tensor
+
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        self.code_type = config.code_type
+        self.num_codebooks = config.num_codebooks
+        self.codebook_size = config.codebook_size
+        self.in_features = config.hidden_size
+        self.logit_scale = config.logit_scale
+        self.final_logit_softcapping = config.final_logit_softcapping
+        if self.code_type == "sign":
+            shape: tuple[int, ...] = (self.num_codebooks,)
+            codes = torch.empty(config.vocab_size, -(-self.num_codebooks // 8), dtype=torch.uint8)
+        else:
+            shape = (self.num_codebooks, self.codebook_size)
+            # No 16-bit codes: gloo refuses such buffers, and PyTorch cannot index with them.
+            dtype = torch.uint8 if self.codebook_size <= 256 else torch.int32
+            codes = torch.empty(config.vocab_size, self.num_codebooks, dtype=dtype)
+        self.codebook = nn.Parameter(torch.empty(*shape, self.in_features))
+        self.codebook_bias = nn.Parameter(torch.empty(*shape))
+        self.register_buffer("codes", codes)
+        self.register_buffer("hidden_mean", torch.empty(self.in_features))
+        self.register_buffer("fold_direction", torch.empty(self.in_features))
+        self.reset_parameters()
+
+    @property
+    def out_features(self) -> int:
+        """V."""
+        return self.codes.shape[0]
+
+    def initial_tensors(self) -> dict[str, Tensor]:
+        """Random tensors of a head to be trained from scratch, by name, drawn on the CPU.
+
+        Codes are uniform; codewords are normal with the deviation that gives logits the variance
+        of a dense layer initialised at 0.02.
+        """
+        terms, shape, device = self.num_codebooks, tuple(self.codes.shape), torch.device("cpu")
+        if self.code_type == "sign":
+            codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+            codes[:, -1] &= 255 >> (-terms % 8)  # padding bits are 0
+        else:
+            codes = torch.randint(0, self.codebook_size, shape, device=device)
+        return {
+            "codebook": torch.randn(self.codebook.shape, device=device) * (0.02 / terms**0.5),
+            "codebook_bias": torch.zeros(self.codebook_bias.shape, device=device),
+            "codes": codes.to(self.codes.dtype),
+            "hidden_mean": torch.zeros(self.in_features, device=device),
+            "fold_direction": torch.zeros(self.in_features, device=device),
+        }
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the head anew from PyTorch's global generator; nothing happens on `meta`."""
+        if self.codebook.is_meta:
+            return
+        for name, value in self.initial_tensors().items():
+            getattr(self, name).copy_(value)
+
+    def scores(self, hidden_states: Tensor) -> Tensor:
+        """Scores of the codewords: (N, d) -> (N, R) for sign codes, (N, G, K) for index codes."""
+        flat = nn.functional.linear(
+            hidden_states, self.codebook.flatten(0, -2), self.codebook_bias.flatten()
+        )
+        return flat.view(-1, *self.codebook_bias.shape)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Logits, or with `labels` the cross-entropy, which never builds the N x V logits.
+
+        Everything that needs the head's tensors comes through here, because the hooks of FSDP,
+        Accelerate and PEFT fire only on `forward`.
+
+        Args:
+            hidden_states: (..., d).
+            labels: (...), the token to be predicted at every position (already shifted), or None.
+            reduction: `"mean"` over the positions that count, `"sum"`, or `"none"` for (...).
+            ignore_index: label of the positions that do not count.
+            label_smoothing: as in `torch.nn.functional.cross_entropy`.
+
+        Returns:
+            Logits (..., V) in the type of the scores; with `labels` the loss in nats, float32.
+
+        Raises:
+            ValueError: the last dimension of `hidden_states` is not d, or `labels` has another
+                shape than the positions.
+        """
+        if hidden_states.shape[-1] != self.in_features:
+            raise ValueError(
+                f"`hidden_states` must end in the hidden size {self.in_features}, got shape "
+                f"{tuple(hidden_states.shape)}."
+            )
+        positions = hidden_states.shape[:-1]
+        rows = hidden_states.reshape(-1, self.in_features)
+        if labels is None:
+            logits = ops.expand(self.scores(rows), self.codes, code_type=self.code_type)
+            return self.postprocess(logits).view(*positions, self.out_features)
+        if labels.shape != positions:
+            raise ValueError(
+                f"`labels` must have the shape of the positions {tuple(positions)}, got "
+                f"{tuple(labels.shape)}."
+            )
+        loss = ops.linear_cross_entropy(
+            rows,
+            labels.reshape(-1),
+            codebook=self.codebook,
+            codebook_bias=self.codebook_bias,
+            codes=self.codes,
+            code_type=self.code_type,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            logit_scale=self.logit_scale,
+            final_logit_softcapping=self.final_logit_softcapping,
+        )
+        return loss.view(positions) if reduction == "none" else loss
+
+    def postprocess(self, logits: Tensor) -> Tensor:
+        """Logits (..., V) after the family's scale and soft-cap."""
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.final_logit_softcapping is not None:
+            cap = self.final_logit_softcapping
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    @torch.no_grad()
+    def to_linear(self) -> tuple[Tensor, Tensor]:
+        """The dense layer that this head stands for, without scale and soft-cap.
+
+        Returns:
+            `weight` (V, d) and `bias` (V,), in float32 or the codebook's type where that is wider:
+            sums of R terms would lose digits in half precision.
+        """
+        columns = torch.cat([self.codebook, self.codebook_bias.unsqueeze(-1)], -1)
+        columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
+        # Codewords times codes is `expand` with the columns of the codebook as rows of scores; the
+        # compiled kernels round to 16 bits what is to be exact here.
+        dense = eager.expand(columns.movedim(-1, 0), self.codes, self.code_type)
+        return dense[:-1].T.contiguous(), dense[-1].clone()
+
+    def check_codes(self) -> None:
+        """Check that the codes are possible ones.
+
+        Raises:
+            ValueError: an index code lies outside 0..K-1, or a sign code sets a bit above R.
+        """
+        if self.code_type == "sign":
+            used = self.num_codebooks % 8
+            wrong = self.codes[:, -1] >> used if used else self.codes.new_zeros(1)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"`codes` sets bits above the {self.num_codebooks} of `num_codebooks`, first "
+                    f"for token {int(wrong.nonzero()[0])}: the checkpoint is damaged or its "
+                    "config.json belongs to another head."
+                )
+            return
+        wrong = (self.codes.int() < 0) | (self.codes.int() >= self.codebook_size)
+        if bool(wrong.any()):
+            token, book = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"`codes` of token {token} names codeword {int(self.codes[token, book])} of "
+                f"codebook {book}, but `codebook_size` is {self.codebook_size} (codes run from 0 "
+                f"to {self.codebook_size - 1}): the checkpoint is damaged or its config.json "
+                "belongs to another head."
+            )
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"code_type={self.code_type}, num_codebooks={self.num_codebooks}, "
+            f"codebook_size={self.codebook_size}"
+        )
+
+    def storage(self) -> dict[str, Any]:
+        """Sizes that every report quotes.
+
+        Returns:
+            `bits_per_token`, `bits_per_weight` (that over d), `float_parameters` (codebook and
+            biases), and bytes by part: `codes_bytes`, `codebook_bytes`, `total_bytes`.
+        """
+        if self.code_type == "sign":
+            bits = self.num_codebooks
+        else:
+            bits = self.num_codebooks * (self.codebook_size - 1).bit_length()
+        floats = (self.codebook, self.codebook_bias)
+        codebook_bytes = sum(t.numel() * t.element_size() for t in floats)
+        codes_bytes = self.codes.numel() * self.codes.element_size()
+        return {
+            "bits_per_token": bits,
+            "bits_per_weight": bits / self.in_features,
+            "float_parameters": sum(t.numel() for t in floats),
+            "codes_bytes": codes_bytes,
+            "codebook_bytes": codebook_bytes,
+            "total_bytes": codes_bytes + codebook_bytes,
+        }

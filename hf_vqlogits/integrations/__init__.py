@@ -1,0 +1,1 @@
+"""Code that meets one neighbouring library each."""

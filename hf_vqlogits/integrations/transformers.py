@@ -1,0 +1,17 @@
+"""Registration with the Auto classes of Transformers."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..configuration_vqlogits import VQLogitsConfig
+from ..modeling_vqlogits import VQLogitsForCausalLM, VQLogitsModel
+
+
+def register() -> None:
+    """Make the Auto classes, Trainer and pipelines know the models of this package."""
+    AutoConfig.register(VQLogitsConfig.model_type, VQLogitsConfig, exist_ok=True)
+    AutoModel.register(VQLogitsConfig, VQLogitsModel, exist_ok=True)
+    AutoModelForCausalLM.register(VQLogitsConfig, VQLogitsForCausalLM, exist_ok=True)
+    # Trainer's label smoother decides by this table whether labels are to be shifted, and the
+    # text-generation pipeline whether it supports a class; `register` does not reach it.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[VQLogitsConfig.model_type] = VQLogitsForCausalLM.__name__

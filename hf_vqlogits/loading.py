@@ -1,0 +1,77 @@
+"""Checks of a checkpoint while it is loaded: what is damaged is named, never filled in silently."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from safetensors import SafetensorError
+
+# Statistics of the calibration text, of use to `to_dense` only: zero where a checkpoint lacks them.
+OPTIONAL_TENSORS = [r"^lm_head\.hidden_mean$", r"^lm_head\.fold_direction$"]
+
+
+@contextmanager
+def readable_file_errors(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Turn the reader's error about a damaged file into one that names the checkpoint.
+
+    Raises:
+        ValueError: a weight file is truncated or not safetensors.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"A weight file of the checkpoint {str(path)!r} is truncated or damaged ({error}); "
+            "copy or convert it again."
+        ) from error
+
+
+def refuse_mismatched(
+    path: str | os.PathLike[str] | None, mismatched: Iterable[tuple[str, Any, Any]]
+) -> None:
+    """Refuse a checkpoint whose tensors have other shapes than its configuration says.
+
+    Args:
+        path: of the checkpoint, for the message.
+        mismatched: names of tensors, with their shape in the file and in the model.
+
+    Raises:
+        ValueError: names the tensors and shapes.
+    """
+    named = [
+        f"{name} is {tuple(there)} instead of {tuple(here)}"
+        for name, there, here in sorted(mismatched)
+    ]
+    if named:
+        raise ValueError(
+            f"The tensors of the checkpoint {str(path)!r} contradict its config.json, they belong "
+            f"to different models: {_listed(named)}."
+        )
+
+
+def refuse_incomplete(
+    path: str | os.PathLike[str] | None, missing: Iterable[str], *, head_only: bool
+) -> None:
+    """Refuse a checkpoint that lacks tensors.
+
+    Transformers would initialise them at random with a warning, and the model would talk nonsense.
+
+    Args:
+        path: of the checkpoint, for the message.
+        missing: names of the tensors that the model has and the checkpoint has not.
+        head_only: only the head's count: quantised bodies have tensors that no checkpoint holds.
+
+    Raises:
+        ValueError: names the tensors.
+    """
+    names = sorted(name for name in missing if name.startswith("lm_head.") or not head_only)
+    if names:
+        raise ValueError(
+            f"The checkpoint {str(path)!r} lacks {_listed(names)}: it is incomplete, or it is not "
+            "a VQ-Logits checkpoint. Convert the original model with `convert_to_vq`."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,358 @@
+"""Causal language models with a vector-quantised output layer, for any decoder of Transformers."""
+
+import inspect
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_vqlogits import VQLogitsConfig
+from .dense import DenseModel, to_dense
+from .generation import VQLogitsGenerationMixin
+from .head import VQLogitsHead
+from .loading import (
+    OPTIONAL_TENSORS,
+    readable_file_errors,
+    refuse_incomplete,
+    refuse_mismatched,
+)
+from .resizing import resized_codes, resized_vocabulary
+from .routing import router_loss
+
+CACHES = ["past_key_values", "cache_params"]
+HEAD_KEYS = [r"^lm_head\."]
+
+
+@dataclass
+class VQLogitsCausalLMOutput(CausalLMOutputWithPast):
+    """Output of [`VQLogitsForCausalLM`].
+
+    Args:
+        loss (`torch.Tensor` of shape `(1,)`, *optional*): cross-entropy in nats, with labels.
+        logits (`torch.Tensor` of shape `(batch, positions, V)`, *optional*): None when skipped.
+        past_key_values (`Cache`, *optional*): the backbone's cache.
+        hidden_states (tuple, *optional*): of the backbone.
+        attentions (tuple, *optional*): of the backbone.
+        cache_params (`Cache`, *optional*): the cache of state-space backbones, under their name.
+        router_logits (tuple, *optional*): of mixture-of-experts backbones.
+        aux_loss (`torch.Tensor`, *optional*): their load-balancing loss, with labels and
+            `output_router_logits`; `loss` contains it times the family's factor.
+    """
+
+    cache_params: Cache | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+
+
+class VQLogitsPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the models of this package."""
+
+    config_class = VQLogitsConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    # The backbone decides which of these it can do; it refuses by its own name when built.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = CACHES
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, VQLogitsHead):
+            for name, value in module.initial_tensors().items():
+                initialization.copy_(getattr(module, name), value)
+        # Everything else belongs to the backbone, which initialises itself.
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: these models are initialised as those of Transformers are.
+
+        For custom code Transformers skips modules without parameters of their own, and with them
+        buffers that a backbone computes and never stores (Falcon-H1's multipliers).
+        """
+        return False
+
+
+class VQLogitsModel(VQLogitsPreTrainedModel):
+    """The backbone without the output layer: hidden states out, as from `AutoModel`."""
+
+    _keys_to_ignore_on_load_unexpected = HEAD_KEYS
+
+    def __init__(self, config: VQLogitsConfig):
+        super().__init__(config)
+        self.backbone = AutoModel.from_config(config.text_config)
+        # One object for both: what is switched in it later (`use_cache`) must reach the backbone.
+        config.text_config = self.backbone.config
+        parameters = inspect.signature(self.backbone.forward).parameters
+        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._arguments = frozenset(parameters)
+        self.post_init()
+
+    @property
+    def cache_name(self) -> str:
+        """Under which name the backbone takes and returns its cache."""
+        return "cache_params" if "cache_params" in self._arguments else "past_key_values"
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's input embedding."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's input embedding."""
+        self.backbone.set_input_embeddings(value)
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> ModelOutput:
+        """Run the backbone.
+
+        Args:
+            input_ids: token ids (batch, positions).
+            **kwargs: the backbone's own arguments. `position_ids` is dropped for backbones that
+                count positions themselves; None is not passed on.
+
+        Returns:
+            The backbone's output, with `last_hidden_state` (batch, positions, d).
+        """
+        given = {k: v for k, v in kwargs.items() if v is not None}
+        if not self._takes_any and "position_ids" not in self._arguments:
+            given.pop("position_ids", None)
+        return self.backbone(input_ids, **given)
+
+
+class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
+    """A decoder whose output layer is a [`VQLogitsHead`]; made by `convert_to_vq`.
+
+    Example:
+        >>> import hf_vqlogits
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("gpt2-vq")  # doctest: +SKIP
+    """
+
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012 - Transformers copies it
+    _keys_to_ignore_on_load_missing = OPTIONAL_TENSORS
+
+    def __init__(self, config: VQLogitsConfig):
+        super().__init__(config)
+        self.model = VQLogitsModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = VQLogitsHead(config)
+        # `generate` reads the flag here, where it must say what the backbone says.
+        self._is_stateful = self.model.backbone._is_stateful
+        self.post_init()
+        # Handed up by the base model, which loads without the head; here it has to fit.
+        inherited = set(self._keys_to_ignore_on_load_unexpected or ())
+        self._keys_to_ignore_on_load_unexpected = inherited - set(HEAD_KEYS)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint as [`PreTrainedModel.from_pretrained`] does, and check its head.
+
+        Raises:
+            ValueError: tensors are missing, truncated, of another shape than the configuration
+                says, or hold impossible codes; the message says which.
+        """
+        path, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        keep_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        with readable_file_errors(path):
+            # Transformers refuses mismatched sizes too, but names them in the log only.
+            loaded: Any = super().from_pretrained(
+                path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        model, info = loaded
+        if not keep_mismatched:
+            refuse_mismatched(path, info["mismatched_keys"])
+        quantised = getattr(model, "hf_quantizer", None) is not None
+        refuse_incomplete(path, info["missing_keys"], head_only=quantised)
+        if not model.lm_head.codes.is_meta:
+            model.lm_head.check_codes()
+        return (model, info) if with_info else model
+
+    def get_output_embeddings(self) -> VQLogitsHead:
+        """The head. It has no `.weight`; `head.to_linear()` gives the dense one."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head.
+
+        Raises:
+            TypeError: the new one is no [`VQLogitsHead`].
+        """
+        if not isinstance(new_embeddings, VQLogitsHead):
+            raise TypeError(
+                "The output layer must be a `VQLogitsHead`, got "
+                f"{type(new_embeddings).__name__}; `model.to_dense()` gives a model with a linear "
+                "one."
+            )
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> VQLogitsCausalLMOutput:
+        """Run backbone and head.
+
+        Args:
+            input_ids: token ids (batch, positions).
+            attention_mask: (batch, positions), or what the backbone takes.
+            position_ids: (batch, positions).
+            past_key_values: the backbone's cache; state-space backbones call it `cache_params`.
+            inputs_embeds: (batch, positions, d) instead of `input_ids`.
+            labels: (batch, positions), not shifted; -100 does not count. They always refer to all
+                positions, whatever `logits_to_keep` says.
+            use_cache: return a cache.
+            logits_to_keep: logits of the last so many positions only (0: all), or of the
+                positions in an index tensor, as elsewhere in Transformers.
+            skip_logits: compute the loss without the logits, in memory O(N R) instead of O(N V).
+                None means: when training with labels.
+            **kwargs: `shift_labels` (labels already shifted), `num_items_in_batch` (divide the
+                summed loss by it), and arguments of the backbone.
+
+        Returns:
+            [`VQLogitsCausalLMOutput`]; `logits` are None when skipped.
+
+        Raises:
+            ValueError: `skip_logits=True` without labels.
+        """
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        shift_labels = _shifted(labels, kwargs.pop("shift_labels", None))
+        if skip_logits is None:
+            skip_logits = self.training and shift_labels is not None
+        if skip_logits and shift_labels is None:
+            raise ValueError(
+                "`skip_logits=True` needs `labels` or `shift_labels`: without a loss, logits are "
+                "all there is to return."
+            )
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name, False):
+                kwargs.setdefault(name, True)
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss, aux_loss, logits = None, None, None
+        if shift_labels is not None:
+            loss = self._cross_entropy(hidden_states, shift_labels, num_items_in_batch)
+            loss, aux_loss = self._with_router_loss(loss, outputs, attention_mask)
+        if not skip_logits:
+            logits = self.lm_head(_kept_positions(hidden_states, logits_to_keep))
+        return VQLogitsCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            cache_params=outputs.get("cache_params"),
+            router_logits=outputs.get("router_logits"),
+            aux_loss=aux_loss,
+        )
+
+    def _cross_entropy(
+        self, hidden_states: Tensor, shift_labels: Tensor, num_items: int | Tensor | None
+    ) -> Tensor:
+        labels = shift_labels.to(hidden_states.device).reshape(hidden_states.shape[:-1])
+        if num_items is None:
+            return self.lm_head(hidden_states, labels)
+        loss = self.lm_head(hidden_states, labels, reduction="sum")
+        return loss / (num_items.to(loss.device) if torch.is_tensor(num_items) else num_items)
+
+    def _with_router_loss(
+        self, loss: Tensor, outputs: ModelOutput, attention_mask: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if outputs.get("router_logits") is None:
+            return loss, None
+        routed = router_loss(self.model.backbone, outputs["router_logits"], attention_mask)
+        if routed is None:
+            return loss, None
+        aux_loss, factor = routed
+        return loss + factor * aux_loss.to(loss.device), aux_loss
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Resize input embedding and head together; a refused resize changes nothing.
+
+        New tokens start near the mean of the vocabulary, each with a code of its own where the
+        code has room for that (with G = 1 tokens share codes by design).
+
+        Args:
+            new_num_tokens: vocabulary size wanted; None keeps it.
+            pad_to_multiple_of: round up to a multiple of this.
+            mean_resizing: start new input embeddings around the mean of the old ones.
+
+        Returns:
+            The input embedding.
+
+        Raises:
+            TypeError: a size is not an integer.
+            ValueError: a size is below 1, or below the codewords of an index codebook.
+        """
+        current = self.lm_head.out_features
+        size = resized_vocabulary(current, new_num_tokens, pad_to_multiple_of)
+        embedding: Any = self.get_input_embeddings()
+        if size == current:
+            return embedding
+        codes = resized_codes(self.lm_head, size)
+        # The backbone first: should it refuse, the head is still the old one. It also writes the
+        # size into the configuration, which it shares with this model.
+        embedding = self.model.backbone.resize_token_embeddings(size, mean_resizing=mean_resizing)
+        self.vocab_size = size
+        self.lm_head.codes = codes
+        return embedding
+
+    def to_dense(self) -> DenseModel:
+        """The original architecture with an untied `nn.Linear`, and what that costs.
+
+        See [`hf_vqlogits.dense.to_dense`].
+        """
+        return to_dense(self)
+
+
+def _shifted(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
+    """The token to be predicted at every position, which at the last one is unknown."""
+    if shift_labels is not None or labels is None:
+        return shift_labels
+    return nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+
+
+def _kept_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Hidden states (batch, positions, d) of the positions whose logits are asked for."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim < 2:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)

@@ -1,0 +1,256 @@
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import dense_weight, perturb, reference_logits
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hf_vqlogits import VQLogitsHead
+
+D, V = 12, 300
+CODES = {
+    "sign": {"code_type": "sign", "num_codebooks": 19, "codebook_size": 2},
+    "sign, whole bytes": {"code_type": "sign", "num_codebooks": 16, "codebook_size": 2},
+    "sign, one bit": {"code_type": "sign", "num_codebooks": 1, "codebook_size": 2},
+    "index, G = 1": {"code_type": "index", "num_codebooks": 1, "codebook_size": 40},
+    "index, uint8": {"code_type": "index", "num_codebooks": 3, "codebook_size": 256},
+    "index, int32": {"code_type": "index", "num_codebooks": 2, "codebook_size": 257},
+    "index, K = 1": {"code_type": "index", "num_codebooks": 2, "codebook_size": 1},
+}
+AFTER = {"logit_scale": 0.5, "final_logit_softcapping": 2.0}
+
+
+def make_head(fields: dict, *, seed: int = 0, **more) -> VQLogitsHead:
+    config = {"vocab_size": V, "hidden_size": D, "logit_scale": 1.0} | fields | more
+    torch.manual_seed(seed)
+    head = VQLogitsHead(SimpleNamespace(**({"final_logit_softcapping": None} | config)))
+    perturb(head)
+    return head
+
+
+@pytest.fixture(params=CODES.values(), ids=CODES.keys())
+def head(request) -> VQLogitsHead:
+    return make_head(request.param)
+
+
+@pytest.fixture
+def hidden():
+    return torch.randn(2, 5, D, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("after", [{}, AFTER], ids=["plain", "scaled and capped"])
+@pytest.mark.parametrize("fields", CODES.values(), ids=CODES.keys())
+def test_logits_are_sums_of_the_scores_that_codes_name(fields, after, hidden):
+    head = make_head(fields, **after)
+    torch.testing.assert_close(
+        head(hidden).double(), reference_logits(head, hidden), atol=1e-2, rtol=1e-2
+    )
+    head.double()
+    torch.testing.assert_close(head(hidden.double()), reference_logits(head, hidden))
+
+
+def test_any_leading_dimensions(head, hidden):
+    logits = head(hidden)
+    assert logits.shape == (2, 5, V)
+    torch.testing.assert_close(head(hidden[0, 0]), logits[0, 0], atol=2e-2, rtol=1e-2)
+    assert head(hidden[:, :0]).shape == (2, 0, V)
+    assert head(hidden[None]).shape == (1, 2, 5, V)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("after", [{}, AFTER], ids=["plain", "scaled and capped"])
+@pytest.mark.parametrize("name", ["sign", "index, uint8"])
+def test_loss_is_the_cross_entropy_of_the_logits(name, after, reduction, hidden):
+    head = make_head(CODES[name], **after)
+    labels = torch.tensor([[0, 1, -100, V - 1, 7], [3, -100, 5, 9, 2]])
+    options = {"reduction": reduction, "label_smoothing": 0.2}
+    loss = head(hidden, labels, **options)
+    wanted = cross_entropy(
+        reference_logits(head, hidden).flatten(0, 1), labels.flatten(), **options
+    )
+    torch.testing.assert_close(loss.double(), wanted.view_as(loss), atol=1e-4, rtol=1e-4)
+
+
+def test_ignored_labels(hidden):
+    head = make_head(CODES["sign"])
+    labels = torch.tensor([[0, 1, 5, 6, 7], [3, 5, 5, 9, 2]])
+    loss = head(hidden, labels, ignore_index=5)
+    wanted = cross_entropy(
+        reference_logits(head, hidden).flatten(0, 1), labels.flatten(), ignore_index=5
+    )
+    torch.testing.assert_close(loss.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("name", ["sign", "index, uint8"])
+def test_gradients_are_those_of_the_dense_layer(name, with_labels, hidden):
+    head = make_head(CODES[name]).double()
+    rows = hidden.double().requires_grad_()
+    labels = torch.arange(10).view(2, 5)
+
+    def loss_of(logits):
+        return cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    loss = head(rows, labels) if with_labels else loss_of(head(rows))
+    given = torch.autograd.grad(loss, [rows, head.codebook, head.codebook_bias])
+
+    codebook, bias = (p.detach().requires_grad_() for p in (head.codebook, head.codebook_bias))
+    columns = torch.cat([codebook, bias[..., None]], -1)
+    if head.code_type == "sign":
+        powers = torch.arange(head.num_codebooks)
+        bits = (head.codes[:, powers // 8] >> (powers % 8)) & 1
+        dense = (bits * 2.0 - 1.0).double() @ columns
+    else:
+        dense = sum(columns[g, head.codes[:, g].long()] for g in range(head.num_codebooks))
+    loss = loss_of(rows @ dense[:, :-1].T + dense[:, -1])
+    wanted = torch.autograd.grad(loss, [rows, codebook, bias])
+    for one, other in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_wrong_shapes_are_named(hidden):
+    head = make_head(CODES["sign"])
+    with pytest.raises(ValueError, match=r"must end in the hidden size 12, got shape \(2, 5, 11\)"):
+        head(hidden[..., 1:])
+    with pytest.raises(ValueError, match=r"shape of the positions \(2, 5\), got \(2, 4\)"):
+        head(hidden, torch.zeros(2, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("after", [{}, AFTER], ids=["plain", "scaled and capped"])
+def test_to_linear_is_the_same_layer(head, after, hidden):
+    weight, bias = head.to_linear()
+    wanted = dense_weight(head)
+    torch.testing.assert_close(weight.double(), wanted[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(bias.double(), wanted[1], atol=1e-5, rtol=1e-5)
+    linear = nn.Linear(D, V)
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    torch.testing.assert_close(head.postprocess(linear(hidden)), head(hidden), atol=2e-2, rtol=1e-2)
+
+
+def test_to_linear_sums_half_precision_codewords_exactly():
+    head = make_head(CODES["sign"] | {"num_codebooks": 200}).bfloat16()
+    weight, bias = head.to_linear()
+    assert weight.dtype == bias.dtype == torch.float32
+    torch.testing.assert_close(weight.double(), dense_weight(head)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_random_heads_hold_valid_codes_and_logits_like_a_dense_layers(head):
+    head.reset_parameters()
+    head.check_codes()
+    expected = torch.uint8 if head.codebook_size <= 256 else torch.int32
+    assert head.codes.dtype == expected
+    assert head.codes.shape[0] == head.out_features == V
+    if head.num_codebooks * (head.codebook_size - 1) > 1:  # one bit or one codeword: no spread
+        assert len(head.codes.unique(dim=0)) > 30
+    hidden = torch.randn(4000, D)
+    deviation = float(head(hidden).detach().std())
+    assert 0.4 < deviation / (0.02 * D**0.5) < 2
+    assert not any(t.any() for t in (head.codebook_bias, head.hidden_mean, head.fold_direction))
+
+
+def test_the_seed_decides():
+    one, same, other = (make_head(CODES["sign"], seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one.codes, same.codes)
+    assert not torch.equal(one.codes, other.codes)
+
+
+def test_names_in_the_state_dict(head):
+    names = {"codebook", "codebook_bias", "codes", "hidden_mean", "fold_direction"}
+    assert set(head.state_dict()) == names
+    assert {n for n, _ in head.named_parameters()} == {"codebook", "codebook_bias"}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda h: pickle.loads(pickle.dumps(h))])
+def test_copies_compute_the_same(head, copied, hidden):
+    twin = copied(head)
+    assert torch.equal(twin(hidden), head(hidden))
+    twin.codes.zero_()
+    assert head.codes.any() or head.codebook_size == 1
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_compiled_without_breaks(head, hidden, with_labels):
+    torch.compiler.reset()  # the other heads count as recompilations of this one
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    arguments = (hidden, torch.arange(10).view(2, 5)) if with_labels else (hidden,)
+    outputs = compiled(*arguments)
+    outputs.sum().backward()
+    gradient = head.codebook.grad.clone()
+    head.zero_grad()
+    wanted = head(*arguments)
+    wanted.sum().backward()
+    torch.testing.assert_close(outputs, wanted, atol=2e-2, rtol=1e-2)
+    torch.testing.assert_close(gradient, head.codebook.grad, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types_leave_the_codes_alone(head, dtype, hidden):
+    wanted = reference_logits(head, hidden)
+    codes = head.codes.clone()
+    head.to(dtype)
+    assert torch.equal(head.codes, codes)
+    assert head.codes.dtype == codes.dtype
+    logits = head(hidden.to(dtype))
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.double(), wanted, atol=0.15, rtol=0.05)
+
+
+def test_meta_device_costs_nothing():
+    with torch.device("meta"):
+        head = VQLogitsHead(
+            SimpleNamespace(
+                **CODES["sign"],
+                vocab_size=10**9,
+                hidden_size=10**5,
+                logit_scale=1.0,
+                final_logit_softcapping=None,
+            )
+        )
+    assert head.codes.is_meta
+    assert head.codebook.is_meta
+
+
+@pytest.mark.parametrize("name", ["sign", "sign, one bit"])
+def test_padding_bits_are_found(name):
+    head = make_head(CODES[name])
+    head.codes[5, -1] |= 128
+    with pytest.raises(ValueError, match="sets bits above the .* of `num_codebooks`.*token 5"):
+        head.check_codes()
+
+
+@pytest.mark.parametrize("name", ["index, G = 1", "index, int32"])
+@pytest.mark.parametrize("excess", [0, 3])
+def test_indices_out_of_range_are_found(name, excess):
+    head = make_head(CODES[name])
+    wrong = head.codebook_size + excess
+    head.codes[4, -1] = wrong
+    with pytest.raises(ValueError, match=f"token 4 names codeword {wrong} .*`codebook_size` is"):
+        head.check_codes()
+
+
+def test_negative_indices_are_found():
+    head = make_head(CODES["index, int32"])
+    head.codes[4, 1] = -1
+    with pytest.raises(ValueError, match="token 4 names codeword -1 of codebook 1"):
+        head.check_codes()
+
+
+def test_storage_counts_every_byte():
+    sizes = make_head(CODES["sign"]).storage()
+    assert sizes["bits_per_token"] == 19
+    assert sizes["bits_per_weight"] == 19 / D
+    assert sizes["float_parameters"] == 19 * (D + 1)
+    assert sizes["codes_bytes"] == 3 * V
+    assert sizes["total_bytes"] == 3 * V + 4 * 19 * (D + 1)
+    assert make_head(CODES["index, uint8"]).storage()["bits_per_token"] == 3 * 8
+    assert make_head(CODES["index, int32"]).storage()["codes_bytes"] == 2 * 4 * V
+    assert make_head(CODES["sign"]).bfloat16().storage()["codebook_bytes"] == 2 * 19 * (D + 1)
+
+
+def test_prints_its_sizes():
+    assert "out_features=300, code_type=index, num_codebooks=3, codebook_size=256" in repr(
+        make_head(CODES["index, uint8"])
+    )
