@@ -1,0 +1,173 @@
+"""Judging heads and putting the figures into a report."""
+
+import torch
+
+from hf_vqlogits import VQLogitsHead
+
+from .codebooks import perplexity_bound
+from .comparison import HeadScore, compare_heads
+from .environment import machine, versions
+from .families import assemble
+from .quantise import Quantiser
+from .report import ConversionReport, LadderRung
+from .sizes import HeadSize
+from .source import Source
+from .streaming import hidden_states
+from .timing import logit_times
+
+QUANTISED = "quantised"
+
+
+def assess(
+    quantiser: Quantiser,
+    source: Source,
+    size: HeadSize,
+    head: VQLogitsHead,
+    *,
+    method: str,
+    rungs: dict[HeadSize, VQLogitsHead],
+) -> ConversionReport:
+    """Assemble the converted model, judge it on the evaluation text and report.
+
+    Args:
+        quantiser: that made the heads.
+        source: the original.
+        size: of the head.
+        head: the chosen head; it is put into the type of the original's output layer.
+        method: that made it.
+        rungs: heads of other sizes to compare with.
+
+    Returns:
+        The report, with the model.
+    """
+    parts, corpus = quantiser.parts, quantiser.corpus
+    dtype = parts.weight.dtype
+    before = sum(p.numel() * p.element_size() for p in source.model.parameters())
+    for one in (head, *rungs.values()):
+        one.to(dtype)
+    model = assemble(parts, quantiser.config(size), head)
+    model.generation_config = source.model.generation_config
+    with quantiser.timed("evaluation"):
+        scores = _scores(quantiser, head, rungs)
+        times = logit_times(parts.weight, parts.bias, head)
+        rung_times = {s: logit_times(parts.weight, parts.bias, h) for s, h in rungs.items()}
+    vocab_size, hidden_size = parts.weight.shape
+    storage = head.storage()
+    dense_parameters = vocab_size * hidden_size
+    bias_parameters = 0 if parts.bias is None else vocab_size
+    dense, quantised = scores["dense"], scores[QUANTISED]
+    report = ConversionReport(
+        source=source.name,
+        output=None,
+        method=method,
+        code_type=size.code_type,
+        vocab_size=vocab_size,
+        padded_tokens=source.padded_tokens,
+        hidden_size=hidden_size,
+        num_codebooks=size.num_codebooks,
+        codebook_size=size.codebook_size,
+        bits_per_token=storage["bits_per_token"],
+        bits_per_weight=storage["bits_per_weight"],
+        param_reduction=1 - storage["float_parameters"] / dense_parameters,
+        head_before={
+            "parameters": dense_parameters + bias_parameters,
+            "bytes": (dense_parameters + bias_parameters) * dtype.itemsize,
+        },
+        head_after={
+            "parameters": storage["float_parameters"],
+            "bytes": storage["total_bytes"],
+            "codes_bytes": storage["codes_bytes"],
+            "codebook_bytes": storage["codebook_bytes"],
+        },
+        model_bytes={"before": before, "after": _model_bytes(model)},
+        embeddings=_embeddings(parts.tied),
+        tied_before=parts.tied,
+        perplexity={
+            "before": dense.perplexity,
+            "after": quantised.perplexity,
+            "factor": quantised.perplexity / dense.perplexity,
+        },
+        greedy_agreement=quantised.agreement,
+        logit_seconds=times,
+        calibration={"source": corpus.calibration_source, "tokens": corpus.calibration.numel()},
+        evaluation={
+            "source": corpus.evaluation_source,
+            "tokens": quantised.tokens,
+            "context": corpus.context,
+        },
+        fit=quantiser.details,
+        seconds=quantiser.seconds,
+        versions=versions(),
+        machine=machine(parts.weight.device),
+        seed=quantiser.seed,
+        notes=_notes(quantiser, head),
+        model=model,
+    )
+    if size.code_type == "index" and size.num_codebooks == 1:
+        report.perplexity_bound = perplexity_bound(head.codes, corpus.evaluation[:, 1:])
+    report.ladder = [
+        _rung(s, h, scores, rung_times[s][QUANTISED], dense_parameters) for s, h in rungs.items()
+    ]
+    return report
+
+
+def _scores(
+    quantiser: Quantiser, head: VQLogitsHead, rungs: dict[HeadSize, VQLogitsHead]
+) -> dict[str, HeadScore]:
+    parts = quantiser.parts
+    dtype = parts.weight.dtype
+    heads = {QUANTISED: head, **{str(s): h for s, h in rungs.items()}}
+    batches = hidden_states(
+        parts.backbone, quantiser.corpus.evaluation, progress=quantiser.progress("evaluating")
+    )
+    return compare_heads(
+        batches,
+        lambda h: parts.logits(h.to(dtype)),
+        {name: lambda h, one=one: one(h.to(dtype)) for name, one in heads.items()},
+    )
+
+
+def _model_bytes(model: torch.nn.Module) -> int:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _embeddings(tied: bool) -> str:
+    if tied:
+        return "kept dense (it was tied to the output layer, so the model keeps that table)"
+    return "kept dense"
+
+
+def _notes(quantiser: Quantiser, head: VQLogitsHead) -> list[str]:
+    notes = list(quantiser.corpus.notes)
+    if quantiser.parts.tied:
+        notes.append(
+            "input and output shared one table; the input side keeps it, so the model's file does "
+            "not shrink: memory traffic and time of the logits do"
+        )
+    if head.code_type == "index" and head.num_codebooks == 1:
+        notes.append(
+            "with one codebook all tokens of a code get the same logit: sampling is uniform among "
+            "them, and greedy decoding takes the one with the lowest id"
+        )
+    return notes
+
+
+def _rung(
+    size: HeadSize,
+    head: VQLogitsHead,
+    scores: dict[str, HeadScore],
+    seconds: float,
+    dense_parameters: int,
+) -> LadderRung:
+    storage, score = head.storage(), scores[str(size)]
+    return LadderRung(
+        param_reduction=1 - storage["float_parameters"] / dense_parameters,
+        bits_per_token=storage["bits_per_token"],
+        bits_per_weight=storage["bits_per_weight"],
+        bytes=storage["total_bytes"],
+        perplexity=score.perplexity,
+        perplexity_factor=score.perplexity / scores["dense"].perplexity,
+        greedy_agreement=score.agreement,
+        logit_seconds=seconds,
+    )

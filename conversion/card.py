@@ -1,0 +1,109 @@
+"""The model card of a converted model, and its plot."""
+
+from pathlib import Path
+
+from .report import LADDER_COLUMNS, ConversionReport, ladder_cells
+
+PLOT_FILE = "vq_report.png"
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {source}
+tags: [vq-logits, vector-quantisation]
+---
+
+# {title}
+
+{source} with its dense output layer replaced by a vector-quantised one ({codes}). Made by
+`convert_to_vq` of the package `hf_vqlogits`, without training unless stated below.
+
+```python
+import hf_vqlogits  # registers the model type
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{title}")
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+```
+
+{before_after}
+
+![before and after]({plot})
+
+{facts}
+{ladder}{notes}
+All figures and the versions behind them are in `vq_report.json`.
+"""
+
+
+def model_card(report: ConversionReport) -> str:
+    """The card as Markdown."""
+    ladder = ""
+    if report.ladder:
+        cells = [ladder_cells(rung) for rung in report.ladder]
+        ladder = f"\nSizes that were compared:\n\n{_table(LADDER_COLUMNS, cells)}\n"
+    notes = "".join(f"- {note}\n" for note in report.notes)
+    return CARD.format(
+        source=report.source,
+        title=Path(report.output or "model").name,
+        codes=dict(report.facts())["method, codes"],
+        before_after=_table(("", "before", "after"), report.rows()),
+        plot=PLOT_FILE,
+        facts="".join(f"- {name}: {value}\n" for name, value in report.facts()),
+        ladder=ladder,
+        notes=f"\nNotes:\n\n{notes}" if notes else "",
+    )
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def plot(report: ConversionReport, path: Path) -> None:
+    """Draw the before/after bars, and the ladder's curve when there is one.
+
+    Args:
+        report: of a conversion.
+        path: PNG file to write.
+    """
+    from matplotlib.figure import Figure
+
+    bars: list[tuple[str, float, float]] = [
+        ("output layer, MB", report.head_before["bytes"] / 1e6, report.head_after["bytes"] / 1e6)
+    ]
+    if report.logit_seconds:
+        times = report.logit_seconds
+        bars.append(
+            ("logits of one row, ms", times["dense_float32"] * 1e3, times["quantised"] * 1e3)
+        )
+    if report.perplexity is not None:
+        bars.append(("perplexity", report.perplexity["before"], report.perplexity["after"]))
+    panels = len(bars) + bool(report.ladder)
+    figure = Figure(figsize=(3.2 * panels, 3.2), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axis, (name, before, after) in zip(axes, bars, strict=False):
+        drawn = axis.bar(["dense", "VQ-Logits"], [before, after], color=["#9aa5b1", "#2b6cb0"])
+        axis.bar_label(drawn, fmt="{:.3g}", padding=2)
+        axis.set_title(name, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(y=0.15)
+    if report.ladder:
+        _plot_ladder(axes[-1], report)
+    figure.suptitle(f"{report.source}, {report.bits_per_token:,} bits a token", fontsize=11)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_ladder(axis, report: ConversionReport) -> None:
+    rungs = sorted(report.ladder, key=lambda rung: rung.bytes)
+    megabytes = [rung.bytes / 1e6 for rung in rungs]
+    factors = [rung.perplexity_factor for rung in rungs]
+    axis.plot(megabytes, factors, "o-", color="#2b6cb0")
+    for x, y, rung in zip(megabytes, factors, rungs, strict=True):
+        axis.annotate(
+            f"{rung.param_reduction:.1%}", (x, y), textcoords="offset points", xytext=(5, 4)
+        )
+    axis.axhline(1.0, color="#9aa5b1", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xlabel("output layer, MB")
+    axis.set_title("perplexity factor", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)

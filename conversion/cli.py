@@ -1,0 +1,91 @@
+"""The command `convert_to_vq`."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from .convert import CALIBRATION_TOKENS, convert_to_vq
+from .errors import ConversionError
+from .sizes import DEFAULT_REDUCTION, METHODS
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; their names with underscores are the keywords of the Python call."""
+    p = argparse.ArgumentParser(
+        prog="convert_to_vq",
+        description="Replace the output layer of a causal language model by a vector-quantised "
+        "one: a small codebook and a code per token.",
+    )
+    p.add_argument("--model", required=True, help="name on the hub, or a folder")
+    p.add_argument("--gguf-file", help="load this GGUF file of the model's folder")
+    p.add_argument("--output", help="folder to write; default: ./NAME-vq")
+    p.add_argument(
+        "--method",
+        default="signs",
+        choices=METHODS,
+        help="signs: a signed sum of shared vectors, one bit each (default); residual: several "
+        "index codebooks; kmeans, random, contiguous, frequency: the VQ-Logits paper's single "
+        "codebook and its initialisations",
+    )
+    size = p.add_argument_group("size (one of)")
+    size.add_argument(
+        "--param-reduction",
+        type=float,
+        help=f"share of the output layer's parameters to save; default {DEFAULT_REDUCTION}",
+    )
+    size.add_argument("--bits", type=int, help="bits a token (signs)")
+    size.add_argument("--bits-per-weight", type=float, help="bits a token over d (signs)")
+    size.add_argument("--num-codebooks", type=int, help="codebooks (residual)")
+    size.add_argument("--codebook-size", type=int, help="codewords of a codebook (index codes)")
+    text = p.add_argument_group("text")
+    text.add_argument(
+        "--calibration-data",
+        help="text file, folder, .gz, name of a dataset, or 'self': text that the model writes; "
+        "default: WikiText-2, and 'self' where it cannot be had",
+    )
+    text.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
+    text.add_argument("--eval-data", help="default: a held-out fifth of the calibration text")
+    p.add_argument(
+        "--distill-steps",
+        type=int,
+        default=0,
+        help="steps of training the codebook towards the dense layer; default 0",
+    )
+    p.add_argument(
+        "--embeddings", default="keep", choices=("keep",), help="what becomes of the input side"
+    )
+    p.add_argument("--ladder", action="store_true", help="compare 99.5, 99, 98 and 96%%")
+    p.add_argument("--device", help="default: a GPU when there is one")
+    p.add_argument("--dtype", help="type of the weights; default: as stored")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    p.add_argument("--json", action="store_true", help="print the report as JSON")
+    p.add_argument("--push-to-hub", metavar="REPO", help="upload the output to this repository")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0; 2 after a mistake of the user's, told in one line; 130 after an interrupt.
+    """
+    options = vars(parser().parse_args(argv))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    model, as_json = options.pop("model"), options.pop("json")
+    options["output"] = options["output"] or f"{Path(os.path.normpath(model)).name}-vq"
+    try:
+        report = convert_to_vq(model, progress=True, **options)
+    except ConversionError as error:
+        print(f"convert_to_vq: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert_to_vq: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    if as_json:
+        sys.stdout.write(report.to_json())
+    else:
+        report.print()
+    return 0

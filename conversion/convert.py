@@ -1,0 +1,180 @@
+"""The conversion: load, prove, calibrate, fit, judge, write."""
+
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .assessment import assess
+from .card import PLOT_FILE, model_card, plot
+from .checkpoint import check_output, check_room, whole_or_nothing, write_checkpoint
+from .corpus import prepare_corpus
+from .errors import ConversionError
+from .families import take_apart
+from .quantise import LADDER, Quantiser
+from .report import ConversionReport
+from .sizes import choose_size
+from .source import Source, load_source
+
+CALIBRATION_TOKENS = 100_000
+
+
+def convert_to_vq(
+    model_or_path: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    gguf_file: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    method: str = "signs",
+    param_reduction: float | None = None,
+    bits: int | None = None,
+    bits_per_weight: float | None = None,
+    num_codebooks: int | None = None,
+    codebook_size: int | None = None,
+    calibration_data: str | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    eval_data: str | None = None,
+    distill_steps: int = 0,
+    embeddings: str = "keep",
+    ladder: bool = False,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    progress: bool = False,
+) -> ConversionReport:
+    """Replace the output layer of a causal language model by a vector-quantised one.
+
+    Args:
+        model_or_path: hub name, folder, or a loaded model. A loaded model's backbone becomes that
+            of the converted one, without a copy.
+        tokenizer: of a loaded model; a folder brings its own.
+        gguf_file: load this GGUF file of the folder.
+        output: folder to write; None writes nothing.
+        method: `"signs"` (sign codes fitted in the metric of the logits), `"residual"` (several
+            index codebooks), or the paper's single codebook with one of its initialisations,
+            `"kmeans"`, `"random"`, `"contiguous"`, `"frequency"`.
+        param_reduction: share of the V d parameters to save; default 0.98.
+        bits: R, bits a token, instead (signs).
+        bits_per_weight: R / d instead (signs).
+        num_codebooks: G (index codes).
+        codebook_size: K (index codes).
+        calibration_data: text file, folder, `.gz`, dataset name, or `"self"` for text that the
+            model writes. Default: WikiText-2, and `"self"` where that cannot be had.
+        calibration_tokens: how many tokens of it to use at most.
+        eval_data: text to judge by; default a held-out fifth of the calibration text.
+        distill_steps: steps of training the codebook towards the dense layer.
+        embeddings: `"keep"`: the input embedding stays as it is.
+        ladder: compare 99.5, 99, 98 and 96% on the evaluation text (signs).
+        device: where to compute; default a GPU when there is one.
+        dtype: type of the weights; default as stored.
+        seed: of everything random; the same seed gives the same bytes.
+        overwrite: replace an earlier conversion at `output`.
+        push_to_hub: upload the output to this repository.
+        progress: show progress bars.
+
+    Returns:
+        The report, with the converted model as `.model`.
+
+    Raises:
+        ConversionError: a mistake in the options, the model or the text; nothing was written.
+    """
+    folder = None if output is None else Path(output)
+    _check_options(embeddings, ladder, method, folder, push_to_hub)
+    _check_least("calibration_tokens", calibration_tokens, 1)
+    _check_least("distill_steps", distill_steps, 0)
+    if folder is not None:
+        check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
+    source = load_source(
+        model_or_path, tokenizer=tokenizer, gguf_file=gguf_file, device=device, dtype=dtype
+    )
+    parts = take_apart(source.model)
+    vocab_size, hidden_size = parts.weight.shape
+    size = choose_size(
+        method,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        param_reduction=param_reduction,
+        bits=bits,
+        bits_per_weight=bits_per_weight,
+        num_codebooks=num_codebooks,
+        codebook_size=codebook_size,
+    )
+    if folder is not None:
+        check_room(folder, sum(p.numel() * p.element_size() for p in parts.backbone.parameters()))
+    corpus = prepare_corpus(
+        source,
+        calibration_data=calibration_data,
+        calibration_tokens=calibration_tokens,
+        eval_data=eval_data,
+        seed=seed,
+        show_progress=progress,
+    )
+    quantiser = Quantiser(parts, corpus, seed, show_progress=progress)
+    with quantiser.timed("calibration"):
+        statistics = quantiser.calibrate()
+    rungs = {}
+    with quantiser.timed("fit"):
+        if method == "signs":
+            shape = {"vocab_size": vocab_size, "hidden_size": hidden_size}
+            steps = [choose_size(method, param_reduction=r, **shape) for r in LADDER]
+            heads = quantiser.sign_heads([size, *(steps if ladder else [])], statistics)
+            head = heads[size]
+            rungs = {s: heads[s] for s in steps} if ladder else {}
+        else:
+            head = quantiser.index_head(size, method, statistics)
+    if distill_steps:
+        with quantiser.timed("distillation"):
+            quantiser.distill(head, distill_steps)
+    report = assess(quantiser, source, size, head, method=method, rungs=rungs)
+    if folder is not None:
+        report.output = str(folder)
+        _write(folder, report, source)
+    if push_to_hub is not None:
+        _push(folder, push_to_hub)
+    return report
+
+
+def _name_of(model_or_path: str | os.PathLike[str] | PreTrainedModel) -> str:
+    if isinstance(model_or_path, PreTrainedModel):
+        return model_or_path.config.name_or_path
+    return os.fspath(model_or_path)
+
+
+def _check_options(
+    embeddings: str, ladder: bool, method: str, folder: Path | None, push_to_hub: str | None
+) -> None:
+    if embeddings != "keep":
+        raise ConversionError(f"`embeddings` must be 'keep', got {embeddings!r}.")
+    if ladder and method != "signs":
+        raise ConversionError(f"`ladder` compares sign codes; it does not apply to {method!r}.")
+    if push_to_hub is not None and folder is None:
+        raise ConversionError("`push_to_hub` uploads the output folder; give `output` as well.")
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConversionError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def _write(folder: Path, report: ConversionReport, source: Source) -> None:
+    with whole_or_nothing(folder) as partial:
+        write_checkpoint(partial, report.model, source)
+        report.save(partial)
+        plot(report, partial / PLOT_FILE)
+        (partial / "README.md").write_text(model_card(report), encoding="utf8")
+
+
+def _push(folder: Path | None, repository: str) -> None:
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ConversionError(
+            f"The model is in {str(folder)!r}, but uploading it to {repository!r} failed: {error}"
+        ) from error

@@ -1,0 +1,134 @@
+"""The token blocks that a conversion calibrates on, and those that it is judged by."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ConversionError
+from .source import Source
+from .text import WIKITEXT, blocks, load_text, sample_token_ids, split_lines, tokenize
+
+logger = logging.getLogger(__name__)
+
+CONTEXT = 512
+EVALUATION_TOKENS = 25_000
+LIMITS = ("max_position_embeddings", "max_seq_len")  # names of a family's longest context; MPT
+SELF = "self"
+SELF_TOKENS = 40_000  # what a model can write on two cores in a few minutes
+HELD_OUT = 0.2
+
+
+@dataclass
+class Corpus:
+    """Text of a conversion, as token ids.
+
+    Attributes:
+        calibration: (rows, context + 1).
+        evaluation: (rows, context + 1), disjoint from it, or None without text.
+        calibration_source: what the user would call it.
+        evaluation_source: likewise.
+        notes: what the user should know about the choice.
+    """
+
+    calibration: Tensor
+    evaluation: Tensor
+    calibration_source: str
+    evaluation_source: str
+    notes: list[str]
+
+    @property
+    def context(self) -> int:
+        """Positions of a row."""
+        return self.calibration.shape[1] - 1
+
+
+def prepare_corpus(
+    source: Source,
+    *,
+    calibration_data: str | None,
+    calibration_tokens: int,
+    eval_data: str | None,
+    seed: int,
+    show_progress: bool,
+) -> Corpus:
+    """Read, or let the model write, the text of a conversion.
+
+    Args:
+        source: model and tokenizer.
+        calibration_data: see [`convert_to_vq`].
+        calibration_tokens: how many to use at most.
+        eval_data: see [`convert_to_vq`].
+        seed: of the model's own text.
+        show_progress: show a bar while the model writes.
+
+    Raises:
+        ConversionError: a text cannot be had or is too short, or there is no tokenizer to read it.
+    """
+    context = min([CONTEXT, *(getattr(source.model.config, n, None) or CONTEXT for n in LIMITS)])
+    notes: list[str] = []
+    text = None
+    if calibration_data != SELF:
+        text = _calibration_text(source, calibration_data, notes)
+    held_text = None if eval_data is None else load_text(eval_data)
+    if text is None:
+        calibration, evaluation = _own_text(
+            source, min(calibration_tokens, SELF_TOKENS), context, seed, show_progress
+        )
+        name = "text written by the model itself"
+    else:
+        name = calibration_data or WIKITEXT
+        if held_text is None:
+            text, held_text = split_lines(text, 1 - HELD_OUT)
+        calibration = _read(source, text, calibration_tokens, context, name)
+    evaluation_name = eval_data or f"a held-out fifth of {name}"
+    if held_text is not None:
+        evaluation = _read(source, held_text, EVALUATION_TOKENS, context, evaluation_name)
+    return Corpus(calibration, evaluation, name, evaluation_name, notes)
+
+
+def _calibration_text(source: Source, wanted: str | None, notes: list[str]) -> str | None:
+    """The text asked for; without a wish WikiText-2, or None where the model must write it."""
+    if wanted is not None:
+        return load_text(wanted)
+    if source.tokenizer is None:
+        notes.append("there is no tokenizer, so the model wrote its own calibration text")
+        return None
+    try:
+        return load_text(WIKITEXT)
+    except ConversionError as error:
+        logger.warning("%s The model writes its own calibration text instead.", error)
+        notes.append(
+            "WikiText-2 could not be had, so the model wrote its own calibration and evaluation "
+            "text; give --calibration-data for figures on real text"
+        )
+        return None
+
+
+def _read(source: Source, text: str, tokens: int, context: int, name: str) -> Tensor:
+    if source.tokenizer is None:
+        raise ConversionError(
+            f"{source.name!r} has no tokenizer to read {name!r} with; give `tokenizer`, or "
+            "`calibration_data` 'self'."
+        )
+    ids = tokenize(text, source.tokenizer, tokens)
+    if len(ids) < context + 1:
+        raise ConversionError(
+            f"{name} has {len(ids):,} tokens, but at least {context + 1:,} (one context) are "
+            "needed; give more text."
+        )
+    return blocks(ids, context)
+
+
+def _own_text(
+    source: Source, tokens: int, context: int, seed: int, show_progress: bool
+) -> tuple[Tensor, Tensor]:
+    """Calibration and evaluation rows that the model wrote."""
+    rows = sample_token_ids(
+        source.model, tokens=tokens, context=context, seed=seed, progress=show_progress
+    )
+    held = max(1, int(len(rows) * HELD_OUT))
+    if len(rows) < 2:
+        rows = torch.cat([rows, rows])  # one row has to serve for both
+    return rows[:-held], rows[-held:]

@@ -1,0 +1,250 @@
+"""What a conversion did, as one object behind terminal, JSON, model card and plot."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+REPORT_FILE = "vq_report.json"
+
+
+@dataclass
+class LadderRung:
+    """One size of the ladder. Perplexities are on the evaluation text."""
+
+    param_reduction: float
+    bits_per_token: int
+    bits_per_weight: float
+    bytes: int
+    perplexity: float
+    perplexity_factor: float
+    greedy_agreement: float
+    logit_seconds: float
+
+
+@dataclass
+class ConversionReport:
+    """Figures of a conversion. Bytes are counted, times are seconds, perplexity is by token.
+
+    Attributes:
+        source: the model that was converted.
+        output: the folder written, or None.
+        method: how codes were made.
+        code_type: `"sign"` or `"index"`.
+        vocab_size: V.
+        padded_tokens: rows of the output layer above the tokenizer's ids.
+        hidden_size: d.
+        num_codebooks: R for sign codes, G for index codes.
+        codebook_size: K.
+        bits_per_token: length of a token's code.
+        bits_per_weight: that over d.
+        param_reduction: 1 - floats of codebook and biases / (V d), as the paper counts.
+        head_before: `parameters` and `bytes` of the dense output layer.
+        head_after: `parameters`, `bytes`, and of these `codes_bytes` and `codebook_bytes`.
+        model_bytes: `before` and `after`, of the whole model.
+        embeddings: what became of the input embedding.
+        tied_before: input and output shared one table.
+        perplexity: `before`, `after` and their ratio `factor`; None without text.
+        perplexity_bound: with one index codebook, the perplexity that no training can go below.
+        greedy_agreement: share of positions where the most likely token stayed the same.
+        logit_seconds: for one row, `dense_float32`, `dense_bfloat16`, `quantised`.
+        calibration: `source`, `tokens`, and share of the vocabulary never predicted.
+        evaluation: `source`, `tokens`, `context`.
+        fit: what the method tells of itself.
+        seconds: time of each step.
+        ladder: sizes compared, with `--ladder`.
+        versions: of Python and packages.
+        machine: processor or GPU, and threads.
+        seed: of everything random.
+        notes: what the user should know.
+        model: the converted model; not written.
+    """
+
+    source: str
+    output: str | None
+    method: str
+    code_type: str
+    vocab_size: int
+    padded_tokens: int
+    hidden_size: int
+    num_codebooks: int
+    codebook_size: int
+    bits_per_token: int
+    bits_per_weight: float
+    param_reduction: float
+    head_before: dict[str, int]
+    head_after: dict[str, int]
+    model_bytes: dict[str, int]
+    embeddings: str
+    tied_before: bool
+    seed: int
+    perplexity: dict[str, float] | None = None
+    perplexity_bound: float | None = None
+    greedy_agreement: float | None = None
+    logit_seconds: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    fit: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    ladder: list[LadderRung] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    model: Any = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the model, ready for JSON."""
+        model, self.model = self.model, None
+        try:
+            values = asdict(self)
+        finally:
+            self.model = model
+        del values["model"]
+        return values
+
+    def to_json(self) -> str:
+        """The report as JSON, the same for the same figures."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Write `vq_report.json` into `folder`."""
+        (folder / REPORT_FILE).write_text(self.to_json(), encoding="utf8")
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Lines of the before/after table: what, before, after."""
+        before, after, times = self.head_before, self.head_after, self.logit_seconds
+        rows = [
+            (
+                "output layer, float parameters",
+                f"{before['parameters']:,}",
+                f"{after['parameters']:,} ({-self.param_reduction:+.2%})",
+            ),
+            (
+                "output layer, bytes (codes counted)",
+                megabytes(before["bytes"]),
+                f"{megabytes(after['bytes'])} ({ratio(before['bytes'], after['bytes'])} smaller)",
+            ),
+            (
+                "whole model, bytes",
+                megabytes(self.model_bytes["before"]),
+                megabytes(self.model_bytes["after"]),
+            ),
+        ]
+        if self.perplexity is not None:
+            rows.append(
+                (
+                    "perplexity, held-out text",
+                    f"{self.perplexity['before']:.2f}",
+                    f"{self.perplexity['after']:.2f} (x{self.perplexity['factor']:.3f})",
+                )
+            )
+        if self.greedy_agreement is not None:
+            rows.append(("same most likely token", "", f"{self.greedy_agreement:.1%}"))
+        if times:
+            quantised = times["quantised"]
+            speeds = " / ".join(
+                ratio(times[f"dense_{name}"], quantised) for name in ("float32", "bfloat16")
+            )
+            rows.append(
+                (
+                    "logits of one row (dense: float32 / bfloat16)",
+                    f"{milliseconds(times['dense_float32'])} / "
+                    f"{milliseconds(times['dense_bfloat16'])}",
+                    f"{milliseconds(quantised)} ({speeds} faster)",
+                )
+            )
+        if self.perplexity_bound is not None:
+            rows.append(
+                ("least perplexity that one codebook allows", "", f"{self.perplexity_bound:.2f}")
+            )
+        return rows
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Lines about the head and how it was made."""
+        if self.code_type == "sign":
+            codes = f"sign, R = {self.num_codebooks:,}"
+        else:
+            codes = f"index, G = {self.num_codebooks:,}, K = {self.codebook_size:,}"
+        vocabulary = f"V = {self.vocab_size:,}, d = {self.hidden_size:,}"
+        if self.padded_tokens:
+            vocabulary += f" ({self.padded_tokens:,} rows above the tokenizer's ids)"
+        facts = [
+            ("method, codes", f"{self.method}; {codes}"),
+            ("vocabulary, hidden size", vocabulary),
+            ("code", f"{self.bits_per_token:,} bits a token, {self.bits_per_weight:.2f} a weight"),
+            ("input embedding", self.embeddings),
+        ]
+        for name, text in (("calibration", self.calibration), ("evaluation", self.evaluation)):
+            if text is not None:
+                facts.append((name, f"{text['source']}, {text['tokens']:,} tokens"))
+        times = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
+        return [*facts, ("time", times), ("seed", str(self.seed))]
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the tables to the terminal."""
+        console = console or Console()
+        table = Table(title=f"{self.source} -> {self.output or 'VQ-Logits'}", title_justify="left")
+        table.add_column("")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        for row in self.rows():
+            table.add_row(*row)
+        console.print(table)
+        for name, value in self.facts():
+            console.print(f"[bold]{name}[/bold]: {value}", highlight=False)
+        if self.ladder:
+            console.print(self._ladder_table())
+        for note in self.notes:
+            console.print(f"[yellow]note[/yellow]: {note}", highlight=False)
+
+    def _ladder_table(self) -> Table:
+        table = Table(title="sizes to choose from", title_justify="left")
+        for name in LADDER_COLUMNS:
+            table.add_column(name, justify="right")
+        for rung in self.ladder:
+            table.add_row(*ladder_cells(rung))
+        return table
+
+
+LADDER_COLUMNS = (
+    "reduction",
+    "bits a token",
+    "bits a weight",
+    "bytes",
+    "perplexity",
+    "factor",
+    "same token",
+    "one row",
+)
+
+
+def ladder_cells(rung: LadderRung) -> tuple[str, ...]:
+    """A rung as text, in the order of `LADDER_COLUMNS`."""
+    return (
+        f"{rung.param_reduction:.1%}",
+        f"{rung.bits_per_token:,}",
+        f"{rung.bits_per_weight:.2f}",
+        megabytes(rung.bytes),
+        f"{rung.perplexity:.2f}",
+        f"x{rung.perplexity_factor:.3f}",
+        f"{rung.greedy_agreement:.1%}",
+        milliseconds(rung.logit_seconds),
+    )
+
+
+def megabytes(count: int) -> str:
+    """Bytes as decimal megabytes, small ones as kilobytes."""
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds."""
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def ratio(before: float, after: float) -> str:
+    """How many times smaller `after` is."""
+    return f"{before / after:.3g}x"

@@ -1,0 +1,187 @@
+"""How large a head a user asks for: from options to numbers of codebooks and codewords."""
+
+from dataclasses import dataclass
+
+from .errors import ConversionError
+
+SINGLE_CODEBOOK = ("kmeans", "random", "contiguous", "frequency")
+METHODS = ("signs", "residual", *SINGLE_CODEBOOK)
+DEFAULT_REDUCTION = 0.98
+# Four codewords a codebook give the most bits for a number of float parameters (as many as two,
+# with half the look-ups); on a GPT-2 with d = 256, 125 codebooks of 4 gave a perplexity factor of
+# 1.06 where 8 of 63 gave 1.31.
+RESIDUAL_CODEBOOK_SIZE = 4
+
+
+@dataclass(frozen=True)
+class HeadSize:
+    """Code type and sizes of a head.
+
+    Attributes:
+        code_type: `"sign"` or `"index"`.
+        num_codebooks: R for sign codes, G for index codes.
+        codebook_size: K, 2 for sign codes.
+    """
+
+    code_type: str
+    num_codebooks: int
+    codebook_size: int
+
+    @property
+    def stored_codewords(self) -> int:
+        """Rows of d + 1 floats that the head stores."""
+        return self.num_codebooks * (1 if self.code_type == "sign" else self.codebook_size)
+
+
+def codewords_within(reduction: float, vocab_size: int, hidden_size: int) -> int:
+    """Largest number of codewords that keeps at most `1 - reduction` of the V d parameters.
+
+    A codeword is d weights and a bias, so this is floor((1 - reduction) V d / (d + 1)).
+
+    Raises:
+        ConversionError: `reduction` lies outside (0, 1), or leaves no codeword.
+    """
+    if not 0 < reduction < 1:
+        raise ConversionError(
+            f"`param_reduction` must lie between 0 and 1 (exclusive), got {reduction}; 0.98 keeps "
+            "2% of the output layer's parameters."
+        )
+    # The tiny addend undoes the rounding of 1 - 0.98 to 0.020000000000000018 and the like.
+    count = int((1 - reduction) * vocab_size * hidden_size / (hidden_size + 1) + 1e-9)
+    if count < 1:
+        most = 1 - (hidden_size + 1) / (vocab_size * hidden_size)
+        raise ConversionError(
+            f"`param_reduction` {reduction} cannot be reached with V = {vocab_size} and d = "
+            f"{hidden_size}: not one codeword is left. At most {most:.6f} can."
+        )
+    return count
+
+
+def choose_size(
+    method: str,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    param_reduction: float | None = None,
+    bits: int | None = None,
+    bits_per_weight: float | None = None,
+    num_codebooks: int | None = None,
+    codebook_size: int | None = None,
+) -> HeadSize:
+    """Size of the head that the options describe; without any, 98% fewer parameters.
+
+    Args:
+        method: one of `METHODS`.
+        vocab_size: V.
+        hidden_size: d.
+        param_reduction: share of the V d parameters to save, in (0, 1).
+        bits: R, bits a token of sign codes.
+        bits_per_weight: R / d.
+        num_codebooks: G of index codes.
+        codebook_size: K of index codes.
+
+    Raises:
+        ConversionError: unknown method, options that contradict each other or the method, or a
+            size that is impossible.
+    """
+    if method not in METHODS:
+        raise ConversionError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
+    ways = {
+        "param_reduction": param_reduction,
+        "bits": bits,
+        "bits_per_weight": bits_per_weight,
+    }
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise ConversionError(
+            f"`{given[0]}` and `{given[1]}` both choose the size; give one of them."
+        )
+    if method == "signs":
+        _refuse("signs", "`bits`", num_codebooks=num_codebooks, codebook_size=codebook_size)
+        return _sign_size(vocab_size, hidden_size, ways)
+    _refuse(
+        method, "`num_codebooks` and `codebook_size`", bits=bits, bits_per_weight=bits_per_weight
+    )
+    size = _index_size(
+        method, vocab_size, hidden_size, param_reduction, num_codebooks, codebook_size
+    )
+    if size.codebook_size > vocab_size:
+        raise ConversionError(
+            f"`codebook_size` {size.codebook_size} is larger than the vocabulary {vocab_size}: "
+            f"more codewords than tokens cannot all be used. At most {vocab_size} can."
+        )
+    return size
+
+
+def _refuse(method: str, instead: str, **options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConversionError(
+                f"`{name}` does not apply to method {method!r}; use {instead} or `param_reduction`."
+            )
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise ConversionError(f"`{name}` must be at least 1, got {value}.")
+    return value
+
+
+def _sign_size(vocab_size: int, hidden_size: int, ways: dict[str, float | None]) -> HeadSize:
+    if ways["bits"] is not None:
+        terms = _at_least_one("bits", int(ways["bits"]))
+    elif ways["bits_per_weight"] is not None:
+        terms = round(ways["bits_per_weight"] * hidden_size)
+        if terms < 1:
+            raise ConversionError(
+                f"`bits_per_weight` {ways['bits_per_weight']} is less than one bit a token at "
+                f"hidden size {hidden_size}; the least is {1 / hidden_size:.4f}."
+            )
+    else:
+        reduction = ways["param_reduction"]
+        terms = codewords_within(
+            DEFAULT_REDUCTION if reduction is None else reduction, vocab_size, hidden_size
+        )
+    return HeadSize("sign", terms, 2)
+
+
+def _index_size(
+    method: str,
+    vocab_size: int,
+    hidden_size: int,
+    param_reduction: float | None,
+    num_codebooks: int | None,
+    codebook_size: int | None,
+) -> HeadSize:
+    if num_codebooks is not None:
+        _at_least_one("num_codebooks", num_codebooks)
+    if codebook_size is not None:
+        _at_least_one("codebook_size", codebook_size)
+    if method in SINGLE_CODEBOOK:
+        if num_codebooks not in (None, 1):
+            raise ConversionError(
+                f"Method {method!r} has one codebook, but `num_codebooks` is {num_codebooks}; use "
+                "method 'residual' for several."
+            )
+        num_codebooks = 1
+    if num_codebooks is not None and codebook_size is not None:
+        if param_reduction is not None:
+            raise ConversionError(
+                f"`param_reduction` {param_reduction} and `codebook_size` {codebook_size} with "
+                f"{num_codebooks} codebook(s) both choose the size; give one or the other."
+            )
+        return HeadSize("index", num_codebooks, codebook_size)
+    reduction = DEFAULT_REDUCTION if param_reduction is None else param_reduction
+    codewords = codewords_within(reduction, vocab_size, hidden_size)
+    if num_codebooks is None:
+        codebook_size = codebook_size or min(RESIDUAL_CODEBOOK_SIZE, codewords)
+        num_codebooks = codewords // codebook_size
+    else:
+        codebook_size = codewords // num_codebooks
+    if num_codebooks < 1 or codebook_size < 1:
+        raise ConversionError(
+            f"`param_reduction` {reduction} leaves {codewords} codewords, too few for "
+            f"`num_codebooks` {num_codebooks or '(any)'} and `codebook_size` "
+            f"{codebook_size or '(any)'}."
+        )
+    return HeadSize("index", num_codebooks, codebook_size)

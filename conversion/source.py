@@ -1,0 +1,217 @@
+"""Loading the model that is to be converted, and checking it before anything is computed."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from .errors import ConversionError
+from .families import refuse_unsupported
+
+logger = logging.getLogger(__name__)
+
+# Files that a converted folder carries over byte for byte.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+@dataclass
+class Source:
+    """A model to convert.
+
+    Attributes:
+        name: what the user called it.
+        model: the causal language model, in evaluation mode.
+        tokenizer: its tokenizer, or None when a model object came without one.
+        files: files of the source that are carried over unchanged, by name.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    files: dict[str, Path]
+
+    @property
+    def padded_tokens(self) -> int:
+        """Rows of the output layer above the tokenizer's ids; some families pad."""
+        if self.tokenizer is None:
+            return 0
+        return max(0, self.model.config.get_text_config().vocab_size - len(self.tokenizer))
+
+
+def load_source(
+    model_or_path: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    gguf_file: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Source:
+    """Load model and tokenizer by hub name or folder, or take a loaded model, and check them.
+
+    Args:
+        model_or_path: hub name, folder, or a causal language model.
+        tokenizer: for a model object.
+        gguf_file: name of a GGUF file within the folder or repository.
+        device: where to compute; default a GPU when there is one, for a model object where it is.
+        dtype: type of the weights; default as stored.
+
+    Raises:
+        ConversionError: the model cannot be had, is of an unsupported kind, has weights that are
+            not finite, or does not fit its tokenizer.
+    """
+    if isinstance(model_or_path, PreTrainedModel):
+        if gguf_file is not None:
+            raise ConversionError("`gguf_file` needs a folder or hub name, not a loaded model.")
+        model = model_or_path
+        if dtype is not None:
+            model = model.to(_torch_dtype(dtype))
+        name, files = model.config.name_or_path or type(model).__name__, {}
+        refuse_unsupported(model.config)
+    else:
+        name = os.fspath(model_or_path)
+        model = _load_model(name, gguf_file, dtype)
+        tokenizer = tokenizer or _load_tokenizer(name, gguf_file)
+        files = {} if gguf_file else dict(_carried_files(name))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is not None:
+        model = model.to(device)
+    model = _dequantised(model)
+    _check_finite(model)
+    source = Source(name, model.eval(), tokenizer, files)
+    _check_tokenizer(source)
+    return source
+
+
+def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConversionError(
+            f"`dtype` {dtype!r} is no floating-point type; use float32, bfloat16 or float16."
+        )
+    return found
+
+
+def _load_model(
+    name: str, gguf_file: str | None, dtype: str | torch.dtype | None
+) -> PreTrainedModel:
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    wanted = "auto" if dtype is None else _torch_dtype(dtype)
+    if gguf_file is not None and dtype is None:
+        wanted = torch.float32  # dequantised weights have no type of their own
+    try:
+        config = AutoConfig.from_pretrained(name, **extra)
+        refuse_unsupported(config)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **extra)
+    except ConversionError:
+        raise
+    except ImportError as error:
+        raise ConversionError(f"Loading {name!r} needs a package: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConversionError(
+            f"The model {name!r} cannot be loaded: {_first_line(error)} Give the name of a causal "
+            "language model on the hub, or a folder with its config.json and weights."
+        ) from error
+    if gguf_file is not None:
+        # The weights are plain floats by now; with this entry `save_pretrained` would refuse.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        model.is_quantized = False
+    return model
+
+
+def _load_tokenizer(name: str, gguf_file: str | None) -> PreTrainedTokenizerBase | None:
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s has no tokenizer that can be loaded: %s", name, _first_line(error))
+        return None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # Some classes load without their files, and know nothing but special tokens then.
+        logger.warning("%s has no tokenizer: its vocabulary is missing.", name)
+        return None
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith((".", "!", "?")) else line + "."
+
+
+def _carried_files(name: str) -> Iterator[tuple[str, Path]]:
+    for file in CARRIED_FILES:
+        path = cached_file(
+            name,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        if path is not None:
+            yield file, Path(path)
+
+
+def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None and getattr(model.config, "quantization_config", None) is None:
+        return model
+    try:
+        model = model.dequantize()
+    except (NotImplementedError, ValueError, AttributeError, TypeError) as error:
+        raise ConversionError(
+            f"{model.config.name_or_path!r} is itself quantised and cannot be dequantised here "
+            f"({_first_line(error)}). Convert the original, unquantised model; its body can be "
+            "quantised afterwards with `from_pretrained(..., quantization_config=...)`."
+        ) from error
+    model.config.__dict__.pop("quantization_config", None)
+    return model
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ConversionError(
+                f"The weight {name!r} holds {count} values that are NaN or infinite; the "
+                "checkpoint is damaged or its training diverged. Repair it first."
+            )
+
+
+def _check_tokenizer(source: Source) -> None:
+    if source.tokenizer is None:
+        return
+    vocab_size = source.model.config.get_text_config().vocab_size
+    highest = max(source.tokenizer.get_vocab().values(), default=-1)
+    if highest >= vocab_size:
+        raise ConversionError(
+            f"The tokenizer has ids up to {highest}, but the model's vocabulary has {vocab_size} "
+            "tokens: they do not belong together, or tokens were added without "
+            "`resize_token_embeddings`."
+        )

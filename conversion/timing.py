@@ -1,0 +1,61 @@
+"""How long the logits of one row take, in the dense layer and in the quantised one."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+REPEATS = 21
+
+
+def paired_medians(
+    layers: dict[str, Callable[[], Tensor]], device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each call, taken in turns so that a drift of the machine hits all alike.
+
+    Args:
+        layers: what to time, by name.
+        device: where it runs; a GPU is waited for.
+
+    Returns:
+        Seconds a call, by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for repeat in range(REPEATS + 3):
+        for name, call in layers.items():
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat >= 3:  # warm-up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+@torch.no_grad()
+def logit_times(weight: Tensor, bias: Tensor | None, head: torch.nn.Module) -> dict[str, float]:
+    """Seconds for the logits of one row.
+
+    Args:
+        weight: dense output weight (V, d).
+        bias: (V,) or None.
+        head: the quantised head.
+
+    Returns:
+        `dense_float32`, `dense_bfloat16` and `quantised`, each from hidden states in the layer's
+        own type.
+    """
+    device = weight.device
+    hidden = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(device)
+    layers: dict[str, Callable[[], Tensor]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w = hidden.to(dtype), weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
+        layers[f"dense_{str(dtype).removeprefix('torch.')}"] = lambda h=h, w=w, b=b: (
+            torch.nn.functional.linear(h, w, b)
+        )
+    own = hidden.to(next(head.parameters()).dtype)
+    layers["quantised"] = lambda: head(own)
+    return paired_medians(layers, device)

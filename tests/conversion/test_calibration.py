@@ -1,0 +1,175 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_vqlogits.conversion import calibration
+from hf_vqlogits.conversion.calibration import (
+    CalibrationStatistics,
+    StatisticsAccumulator,
+    weight_only_statistics,
+)
+
+V, D = 37, 6
+
+
+def data(positions=100, *, vocab=V, size=D, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocab, size, generator=generator)
+    hidden = 3 * torch.randn(1, size, generator=generator) + torch.randn(
+        positions, size, generator=generator
+    )
+    return weight, hidden, torch.randn(vocab, generator=generator)
+
+
+def reference(weight, hidden, bias, scale, cap):
+    """Statistics by definition, in float64; the slope by autograd."""
+    raw = (hidden.double() @ weight.double().T + bias.double()).requires_grad_()
+    final = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
+    (slope,) = torch.autograd.grad(final.sum(), raw)
+    p = final.softmax(-1).detach()
+    fisher = p * (1 - p) * slope**2
+    return p, fisher, fisher.T @ hidden.double() / fisher.sum(0)[:, None]
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (0.5, 4.0)])
+def test_statistics_are_those_of_the_definition(monkeypatch, scale, cap):
+    monkeypatch.setattr(calibration, "STRIDE", 1)
+    weight, hidden, bias = data()
+    accumulator = StatisticsAccumulator(
+        weight, bias=bias, logit_scale=scale, final_logit_softcapping=cap
+    )
+    for batch in hidden.split(17):
+        accumulator.update(batch)
+    found = accumulator.finish()
+    p, fisher, context = reference(weight, hidden, bias, scale, cap)
+    centred = hidden.double() - hidden.double().mean(0)
+    torch.testing.assert_close(found.mean, hidden.double().mean(0))
+    torch.testing.assert_close(found.covariance, centred.T @ centred / len(hidden))
+    torch.testing.assert_close(found.probability, p.sum(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.fisher, fisher.sum(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.context.double(), context, rtol=1e-3, atol=1e-3)
+    assert found.positions == len(hidden)
+    assert found.shift_invariant == (cap is None)
+
+
+def test_token_sums_see_every_second_position_across_batches():
+    weight, hidden, bias = data()
+    accumulator = StatisticsAccumulator(weight, bias=bias)
+    for batch in hidden.split([3, 0, 4, 1, 92]):
+        accumulator.update(batch)
+    p, fisher, _ = reference(weight, hidden[::2], bias, 1.0, None)
+    found = accumulator.finish()
+    torch.testing.assert_close(found.probability, 2 * p.sum(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.fisher, 2 * fisher.sum(0), rtol=1e-4, atol=1e-6)
+
+
+def test_covariance_keeps_its_digits_beside_a_huge_mean():
+    weight, hidden, _ = data(500)
+    hidden[:, 0] += 1e4
+    accumulator = StatisticsAccumulator(weight * 1e-4)
+    for batch in hidden.split(100):
+        accumulator.update(batch)
+    expected = hidden.double().T.cov(correction=0)
+    torch.testing.assert_close(accumulator.finish().covariance, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_half_precision_weights_are_accepted():
+    weight, hidden, _ = data()
+    results = []
+    for w in (weight.bfloat16(), weight.bfloat16().float()):
+        accumulator = StatisticsAccumulator(w)
+        accumulator.update(hidden.bfloat16())
+        results.append(accumulator.finish())
+    assert torch.equal(results[0].fisher, results[1].fisher)
+
+
+def test_token_without_any_probability_gets_the_mean_as_context():
+    weight, hidden, _ = data()
+    bias = torch.zeros(V)
+    bias[5] = -1e4
+    accumulator = StatisticsAccumulator(weight, bias=bias)
+    accumulator.update(hidden)
+    found = accumulator.finish()
+    assert found.fisher[5] == 0
+    torch.testing.assert_close(found.context[5], found.mean.float())
+
+
+def statistics(positions, size=D, **changes):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(positions, size, generator=generator, dtype=torch.float64) + 2
+    values = {
+        "positions": positions,
+        "mean": hidden.mean(0),
+        "covariance": hidden.T.cov(correction=0).reshape(size, size),
+        "fisher": torch.ones(V),
+        "context": torch.zeros(V, size),
+        "probability": torch.ones(V),
+    }
+    return hidden, CalibrationStatistics(**values | changes)
+
+
+def test_fold_direction_is_the_least_squares_one():
+    hidden, found = statistics(100_000)
+    ones = torch.ones(len(hidden), 1, dtype=torch.float64)
+    expected = torch.linalg.lstsq(hidden, ones)
+    torch.testing.assert_close(found.fold_direction(), expected.solution[:, 0], rtol=0, atol=1e-3)
+    residual = (hidden @ expected.solution - 1).square().mean()
+    assert found.fold_residual() == pytest.approx(float(residual), rel=0.02)
+
+
+def test_folding_does_nothing_without_a_mean():
+    _, found = statistics(100, mean=torch.zeros(D, dtype=torch.float64))
+    assert found.fold_residual() == 1
+    assert not found.fold_direction().any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    positions=st.integers(1, 40), size=st.integers(1, 12), scale=st.sampled_from([1e-4, 1.0, 1e4])
+)
+def test_regularised_covariance_can_always_be_inverted(positions, size, scale):
+    _, found = statistics(positions, size)
+    found.covariance *= scale
+    values = torch.linalg.eigvalsh(found.regularised_covariance())
+    assert values[0] > 0
+    assert values[-1] / values[0] < 1.1e7
+
+
+def test_shrinkage_fades_with_more_text():
+    few, many = statistics(20)[1], statistics(20_000)[1]
+    share = [
+        (s.regularised_covariance() - s.covariance).norm() / s.covariance.norm()
+        for s in (few, many)
+    ]
+    assert share[1] < 0.02 < 0.2 < share[0]
+
+
+def test_weight_only_statistics_follow_the_order_of_ids():
+    weight, _, _ = data()
+    found = weight_only_statistics(weight)
+    assert (found.fisher.diff() < 0).all()
+    torch.testing.assert_close(
+        found.covariance, weight.double().T.cov(correction=0), rtol=1e-6, atol=1e-6
+    )
+    direction = weight - weight.mean(0)
+    cosine = torch.cosine_similarity(found.context, direction)
+    torch.testing.assert_close(cosine, torch.ones(V))
+
+
+def test_wrong_input_is_refused():
+    weight, hidden, bias = data()
+    with pytest.raises(ValueError, match=r"`weight` must be \(V, d\)"):
+        StatisticsAccumulator(weight[0])
+    with pytest.raises(ValueError, match=r"`bias` must be \(37,\)"):
+        StatisticsAccumulator(weight, bias=bias[:-1])
+    with pytest.raises(ValueError, match=r"`weight` must be \(V, d\)"):
+        weight_only_statistics(weight[0])
+    accumulator = StatisticsAccumulator(weight)
+    with pytest.raises(ValueError, match="No hidden states were added"):
+        accumulator.finish()
+    with pytest.raises(ValueError, match=r"`hidden` must be \(n, 6\)"):
+        accumulator.update(hidden[:, :-1])
+    hidden[3, 2] = torch.inf
+    with pytest.raises(ValueError, match="`hidden` holds NaN or infinity"):
+        accumulator.update(hidden)

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_config, tiny_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlavaConfig,
+    T5Config,
+)
+
+from hf_vqlogits.conversion import ConversionError, convert_to_vq
+from hf_vqlogits.conversion.families import (
+    LogitTransform,
+    SourceParts,
+    refuse_unsupported,
+    take_apart,
+)
+
+# Hidden states that a family computes the same way twice may still differ in the last bits.
+TOLERANCE = {"atol": 2e-4, "rtol": 2e-4}
+
+
+def lossless(model):
+    """Every token its own code: the quantised model must compute what the original does."""
+    return convert_to_vq(
+        model,
+        method="kmeans",
+        codebook_size=model.config.vocab_size,
+        calibration_data="self",
+        calibration_tokens=200,
+    ).model
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lossless_conversion_generates_and_survives_saving(family, tied, tmp_path):
+    original = tiny_model(family, tie_word_embeddings=tied)
+    ids = torch.randint(3, original.config.vocab_size, (2, 9))
+    with torch.no_grad():
+        wanted = original(ids).logits.clone()
+    if original.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(original.get_output_embeddings().bias)
+        with torch.no_grad():
+            wanted = original(ids).logits.clone()
+    model = lossless(original)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, wanted, **TOLERANCE)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    cached = model.generate(ids, **options)
+    torch.testing.assert_close(cached, model.generate(ids, use_cache=False, **options))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
+def test_state_space_families_keep_cache_name_and_flags(family):
+    original = tiny_model(family)
+    model = lossless(original)
+    ids = torch.randint(3, 90, (1, 5))
+    output = model(ids, use_cache=True)
+    assert output.cache_params is not None
+    assert output.past_key_values is None
+    assert model._is_stateful == original._is_stateful
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(ids, assistant_model=model, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "transform"),
+    [
+        ("llama", {}, LogitTransform()),
+        ("gemma2", {"final_logit_softcapping": 5.0}, LogitTransform(1.0, 5.0)),
+        ("gemma2", {"final_logit_softcapping": None}, LogitTransform()),
+        ("granite", {"logits_scaling": 8.0}, LogitTransform(0.125)),
+        ("cohere", {"logit_scale": 0.0625}, LogitTransform(0.0625)),
+        ("falcon_h1", {"lm_head_multiplier": 0.5}, LogitTransform(0.5)),
+        ("recurrent_gemma", {"logits_soft_cap": 10.0}, LogitTransform(1.0, 10.0)),
+    ],
+)
+def test_what_a_family_does_to_its_logits_is_found(family, changes, transform):
+    assert take_apart(tiny_model(family, **changes)).transform == transform
+
+
+def test_an_unknown_transform_is_refused_with_the_difference():
+    model = tiny_model("llama")
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: inner(hidden) ** 3
+    with pytest.raises(ConversionError, match=r"llama.* still differ by .* not\s*supported"):
+        take_apart(model)
+
+
+def test_a_transform_that_the_configuration_does_not_declare_is_refused():
+    model = tiny_model("llama")
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: inner(hidden) * 1.01
+    with pytest.raises(ConversionError, match="not known here"):
+        take_apart(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (T5Config(), "'t5' is an encoder-decoder"),
+        (LlavaConfig(), "'llava' is a multimodal"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(config, message):
+    with pytest.raises(ConversionError, match=message):
+        refuse_unsupported(config)
+
+
+def test_a_model_without_output_embedding_is_refused():
+    backbone = AutoModel.from_config(tiny_config("llama"))
+    with pytest.raises(ConversionError, match="LlamaModel .* no output embedding"):
+        take_apart(backbone)
+    bert = BertModel(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+        )
+    )
+    with pytest.raises(ConversionError, match="no output embedding"):
+        take_apart(bert)
+
+
+def test_a_converted_model_is_not_converted_again():
+    model = lossless(tiny_model("gpt2"))
+    with pytest.raises(ConversionError, match="already has a VQ-Logits head"):
+        convert_to_vq(model, calibration_data="self")
+
+
+def test_taking_apart_copies_nothing_and_restores_the_mode():
+    model = tiny_model("gpt2").train()
+    parts = take_apart(model)
+    assert isinstance(parts, SourceParts)
+    assert model.training
+    assert parts.tied
+    assert parts.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert parts.backbone is model.transformer

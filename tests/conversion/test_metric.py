@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from hf_vqlogits.conversion.metric import token_metric
+from sign_problems import problem
+
+
+def test_whitened_rows_give_the_logits_up_to_a_constant():
+    weight, bias, statistics = problem(vocab=40, size=5)
+    metric = token_metric(weight, statistics, bias=bias)
+    hidden = torch.randn(7, 5)
+    vectors, offsets = metric.product_form(metric.rows)
+    difference = hidden @ vectors.T + offsets - (hidden @ weight.T + bias)
+    spread = difference - difference.mean(1, keepdim=True)
+    assert spread.abs().max() < 1e-4
+    assert difference.abs().max() > 1e-2  # the mean row was taken out
+
+
+def test_with_a_soft_cap_the_constant_stays():
+    weight, bias, statistics = problem(vocab=40, size=5)
+    statistics.shift_invariant = False
+    metric = token_metric(weight, statistics, bias=bias)
+    hidden = torch.randn(7, 5)
+    vectors, offsets = metric.product_form(metric.rows)
+    torch.testing.assert_close(
+        hidden @ vectors.T + offsets, hidden @ weight.T + bias, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_first_part_of_the_error_is_the_mean_square_of_the_logit():
+    weight, bias, statistics = problem(vocab=40, size=5)
+    statistics.probability.zero_()  # contexts without confidence have no part
+    metric = token_metric(weight, statistics, bias=bias)
+    change = 0.1 * torch.randn(40, 6)
+    covariance, mean = statistics.regularised_covariance().float(), statistics.mean.float()
+    vectors, offsets = metric.product_form(change)
+    square = ((vectors @ covariance) * vectors).sum(1) + (vectors @ mean + offsets).square()
+    torch.testing.assert_close(metric.error(change), metric.weight * square, rtol=1e-4, atol=1e-7)
+
+
+def test_second_part_is_the_logit_in_the_mean_context():
+    weight, _, statistics = problem(vocab=40, size=5)
+    metric = token_metric(weight, statistics)
+    change = 0.1 * torch.randn(40, 6)
+    vectors, offsets = metric.product_form(change)
+    logit = (vectors * statistics.context).sum(1) + offsets
+    seen = statistics.probability.float()
+    expected = 3 * seen / (seen + 3) * logit.square()
+    along = metric.error(change) / metric.weight - change.square().sum(1)
+    torch.testing.assert_close(along, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_pull_is_half_the_gradient_of_the_error():
+    weight, bias, statistics = problem(vocab=40, size=5)
+    metric = token_metric(weight, statistics, bias=bias)
+    change = torch.randn(10, 6, requires_grad=True)
+    tile = slice(20, 30)
+    (gradient,) = torch.autograd.grad(metric.error(change, tile).sum(), change)
+    torch.testing.assert_close(metric.pull(change.detach(), tile), gradient / 2)
+
+
+def test_unseen_tokens_keep_a_weight():
+    weight, _, statistics = problem(vocab=40, size=5)
+    statistics.fisher[3] = 0
+    metric = token_metric(weight, statistics)
+    assert 0 < metric.weight[3] < metric.weight.median()
+    assert metric.weight.sum() == pytest.approx(1)
+
+
+def test_wrong_input_is_refused_by_name():
+    weight, bias, statistics = problem(vocab=40, size=5)
+    with pytest.raises(ValueError, match=r"`weight` must be \(V, d\)"):
+        token_metric(weight[0], statistics)
+    with pytest.raises(ValueError, match="calibrate with the same weights"):
+        token_metric(weight[:-1], statistics)
+    with pytest.raises(ValueError, match=r"`bias` must be \(40,\)"):
+        token_metric(weight, statistics, bias=bias[:-1])
+    bias[7] = torch.inf
+    with pytest.raises(ValueError, match=r"`bias` holds NaN or infinity in 1 of 40 rows \(7\)"):
+        token_metric(weight, statistics, bias=bias)
+    weight[2, 1] = torch.nan
+    weight[30, 0] = -torch.inf
+    with pytest.raises(ValueError, match=r"`weight` holds NaN or infinity in 2 of 40 rows \(2, 30"):
+        token_metric(weight, statistics, bias=bias)

@@ -1,0 +1,156 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_vqlogits.conversion import sign_codebook, sign_greedy
+from hf_vqlogits.conversion.calibration import weight_only_statistics
+from hf_vqlogits.conversion.signs import SignFitter, fit_signs
+from hf_vqlogits.ops import unpack_signs
+from sign_problems import hidden_states, problem
+
+
+def logits(fit, hidden):
+    signs = unpack_signs(fit.codes, len(fit.codebook))
+    return (hidden @ fit.codebook.T + fit.codebook_bias) @ signs.T
+
+
+def divergence(fit, weight, bias, hidden):
+    """KL from the dense layer's distribution to the fit's, nats a position."""
+    dense = (hidden @ weight.T + bias).log_softmax(-1)
+    return float((dense.exp() * (dense - logits(fit, hidden).log_softmax(-1))).sum(-1).mean())
+
+
+def test_more_bits_come_closer_to_the_dense_layer():
+    weight, bias, statistics = problem(vocab=200, size=12)
+    hidden = hidden_states(300, 12, seed=9)
+    fits = [fit_signs(weight, statistics, bias=bias, num_codebooks=r) for r in (6, 24, 72)]
+    found = [divergence(fit, weight, bias, hidden) for fit in fits]
+    assert found[0] > 4 * found[1] > 16 * found[2]
+    assert found[2] < 0.01
+
+
+def test_formats_and_details():
+    weight, bias, statistics = problem(vocab=50, size=6)
+    fit = fit_signs(weight.bfloat16(), statistics, bias=bias, num_codebooks=11)
+    assert fit.codes.shape == (50, 2)
+    assert fit.codes.dtype == torch.uint8
+    assert not (fit.codes[:, 1] >> 3).any()  # padding
+    assert fit.codebook.shape == (11, 6)
+    assert fit.codebook_bias.shape == (11,)
+    assert fit.codebook.dtype == fit.codebook_bias.dtype == torch.float32
+    assert 0 < fit.details["error"] < fit.details["error_greedy"] < 1
+    assert set(fit.details["seconds"]) == {"greedy", "codebook", "search"}
+
+
+def test_error_is_the_one_of_the_logits():
+    """The product form on raw hidden states has the error that the fit reports."""
+    weight, bias, statistics = problem(vocab=50, size=6)
+    fitter = SignFitter(weight, statistics, bias=bias)
+    fit = fitter.fit(11)
+    metric = fitter._metric
+    signs = unpack_signs(fit.codes, 11)
+    vectors, offsets = signs @ fit.codebook, signs @ fit.codebook_bias
+    # Back to whitened coordinates.
+    whitened = torch.cat(
+        [
+            torch.linalg.solve(metric.unwhiten.T, vectors.T).T,
+            (offsets + vectors @ metric.mean)[:, None],
+        ],
+        1,
+    )
+    error = metric.error(metric.rows - whitened).sum() / metric.error(metric.rows).sum()
+    assert fit.details["error"] == pytest.approx(float(error), rel=1e-3)
+
+
+def test_sizes_share_the_greedy_prefix_and_are_refined_alone():
+    weight, bias, statistics = problem(vocab=80, size=8)
+    fitter = SignFitter(weight, statistics, bias=bias, seed=3)
+    fitter.greedy(40)
+    prefix = fitter._codebook.clone()
+    large, small = fitter.fit(40), fitter.fit(20)
+    assert torch.equal(fitter._codebook, prefix)
+    again = SignFitter(weight, statistics, bias=bias, seed=3)
+    again.greedy(40)
+    assert torch.equal(again.fit(20).codes, small.codes)
+    assert large.details["error"] < small.details["error"] < small.details["error_greedy"]
+
+
+def test_same_seed_gives_the_same_bytes_and_leaves_the_global_generator_alone():
+    weight, bias, statistics = problem(vocab=80, size=8)
+    state = torch.get_rng_state()
+    first = fit_signs(weight, statistics, bias=bias, num_codebooks=20, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(123)
+    second = fit_signs(weight, statistics, bias=bias, num_codebooks=20, seed=1)
+    other = fit_signs(weight, statistics, bias=bias, num_codebooks=20, seed=2)
+    assert torch.equal(first.codes, second.codes)
+    assert torch.equal(first.codebook, second.codebook)
+    assert torch.equal(first.codebook_bias, second.codebook_bias)
+    assert not torch.equal(first.codes, other.codes)
+
+
+def test_tiles_and_blocks_of_large_layers_give_equal_quality(monkeypatch):
+    weight, bias, statistics = problem(vocab=300, size=24)
+    errors = []
+    for tile, block in ((10_000, 1), (64, 16)):
+        monkeypatch.setattr(sign_codebook, "TILE", tile)
+        monkeypatch.setattr(sign_greedy, "BLOCK", block)
+        fit = fit_signs(weight, statistics, bias=bias, num_codebooks=48)
+        errors.append(fit.details["error"])
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    vocab=st.integers(1, 20),
+    size=st.integers(1, 6),
+    bits=st.integers(1, 40),
+    positions=st.integers(1, 8),
+    zeros=st.booleans(),
+)
+def test_degenerate_layers_give_finite_fits(vocab, size, bits, positions, zeros):
+    weight, bias, statistics = problem(vocab=vocab, size=size, positions=positions)
+    if zeros:
+        weight, bias = weight * 0, bias * 0
+    fit = fit_signs(weight, statistics, bias=bias, num_codebooks=bits)
+    assert torch.isfinite(fit.codebook).all()
+    assert torch.isfinite(fit.codebook_bias).all()
+    assert 0 <= fit.details["error"] <= 1
+    assert fit.codes.shape == (vocab, -(-bits // 8))
+
+
+def test_equal_rows_get_equal_logits():
+    weight, bias, statistics = problem(vocab=30, size=6)
+    weight[:], bias[:] = weight[0], bias[0]
+    fit = fit_signs(weight, statistics, bias=bias, num_codebooks=8)
+    found = logits(fit, hidden_states(20, 6))
+    assert (found - found.mean(1, keepdim=True)).abs().max() < 1e-3
+
+
+def test_weights_alone_suffice():
+    weight, _, _ = problem(vocab=200, size=12)
+    fit = fit_signs(weight, weight_only_statistics(weight), num_codebooks=72)
+    hidden = hidden_states(300, 12)
+    assert divergence(fit, weight, torch.zeros(200), hidden) < 0.05
+
+
+def test_progress_sees_every_stage():
+    weight, bias, statistics = problem(vocab=30, size=6)
+    seen = []
+
+    def progress(what):
+        seen.append(what)
+        return iter
+
+    fit_signs(weight, statistics, bias=bias, num_codebooks=8, progress=progress)
+    assert seen == ["greedy codes", "refining 8 bits"]
+
+
+def test_wrong_input_is_refused():
+    weight, bias, statistics = problem(vocab=30, size=6)
+    with pytest.raises(ValueError, match="`num_codebooks` must be at least 1, got 0"):
+        fit_signs(weight, statistics, num_codebooks=0)
+    weight[4, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 30 rows \(4\)"):
+        SignFitter(weight, statistics, bias=bias)

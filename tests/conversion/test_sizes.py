@@ -1,0 +1,93 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_vqlogits.conversion.errors import ConversionError
+from hf_vqlogits.conversion.sizes import METHODS, HeadSize, choose_size, codewords_within
+
+SMOLLM2 = {"vocab_size": 49_152, "hidden_size": 576}
+
+
+@pytest.mark.parametrize(("reduction", "bits"), [(0.995, 245), (0.99, 490), (0.98, 981)])
+def test_sign_sizes_of_smollm2(reduction, bits):
+    assert choose_size("signs", param_reduction=reduction, **SMOLLM2) == HeadSize("sign", bits, 2)
+
+
+def test_default_keeps_two_per_cent():
+    assert choose_size("signs", **SMOLLM2).num_codebooks == 981
+
+
+@given(
+    st.sampled_from(METHODS),
+    st.floats(0.01, 0.999),
+    st.integers(100, 300_000),
+    st.integers(8, 8192),
+)
+def test_reduction_is_reached_and_nearly_used_up(method, reduction, vocab_size, hidden_size):
+    dense = vocab_size * hidden_size
+    try:
+        size = choose_size(
+            method, vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction
+        )
+    except ConversionError:
+        assert (1 - reduction) * dense < hidden_size + 2
+        return
+    kept = size.stored_codewords * (hidden_size + 1)
+    assert kept <= (1 - reduction) * dense * (1 + 1e-9)
+    one_more = 4 if method == "residual" else 1
+    assert kept + one_more * (hidden_size + 1) > (1 - reduction) * dense * (1 - 1e-9)
+
+
+def test_bits_and_bits_per_weight():
+    assert choose_size("signs", bits=491, **SMOLLM2).num_codebooks == 491
+    assert choose_size("signs", bits_per_weight=0.5, **SMOLLM2).num_codebooks == 288
+
+
+def test_index_sizes():
+    assert choose_size("kmeans", param_reduction=0.99, **SMOLLM2) == HeadSize("index", 1, 490)
+    assert choose_size("kmeans", codebook_size=300, **SMOLLM2) == HeadSize("index", 1, 300)
+    assert choose_size("residual", param_reduction=0.99, **SMOLLM2) == HeadSize("index", 122, 4)
+    assert choose_size("residual", param_reduction=0.99, num_codebooks=8, **SMOLLM2) == HeadSize(
+        "index", 8, 61
+    )
+    assert choose_size("residual", num_codebooks=3, codebook_size=7, **SMOLLM2) == HeadSize(
+        "index", 3, 7
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("kmean", {}, "`method` must be one of .* got 'kmean'"),
+        ("signs", {"param_reduction": 0.0}, "between 0 and 1 .* got 0.0"),
+        ("signs", {"param_reduction": 1.0}, "between 0 and 1 .* got 1.0"),
+        ("signs", {"param_reduction": 0.999999}, "cannot be reached .* At most 0.9999"),
+        ("signs", {"bits": 0}, "`bits` must be at least 1, got 0"),
+        ("signs", {"bits_per_weight": 0.0001}, "less than one bit a token"),
+        ("signs", {"bits": 5, "param_reduction": 0.9}, "both choose the size"),
+        ("signs", {"bits": 5, "bits_per_weight": 0.9}, "both choose the size"),
+        ("signs", {"num_codebooks": 5}, "`num_codebooks` does not apply to method 'signs'"),
+        ("signs", {"codebook_size": 5}, "`codebook_size` does not apply"),
+        ("kmeans", {"bits": 5}, "`bits` does not apply to method 'kmeans'"),
+        ("kmeans", {"num_codebooks": 2}, "has one codebook, but `num_codebooks` is 2"),
+        ("kmeans", {"codebook_size": 49_153}, "larger than the vocabulary 49152"),
+        ("kmeans", {"codebook_size": 0}, "`codebook_size` must be at least 1, got 0"),
+        ("kmeans", {"codebook_size": 5, "param_reduction": 0.9}, "both choose the size"),
+        ("residual", {"num_codebooks": 0}, "`num_codebooks` must be at least 1, got 0"),
+        (
+            "residual",
+            {"num_codebooks": 2, "codebook_size": 4, "param_reduction": 0.9},
+            "both choose the size",
+        ),
+        ("residual", {"num_codebooks": 5000, "param_reduction": 0.99}, "too few"),
+        ("residual", {"codebook_size": 5000, "param_reduction": 0.99}, "too few"),
+    ],
+)
+def test_bad_sizes_are_refused(method, options, message):
+    with pytest.raises(ConversionError, match=message):
+        choose_size(method, **options, **SMOLLM2)
+
+
+def test_codewords_within_is_exact_at_round_numbers():
+    # (1 - 0.98) * 100 is 2.0000000000000018 or 1.9999999999999996 in floating point.
+    assert codewords_within(0.98, 1_000, 1) == 10

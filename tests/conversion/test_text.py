@@ -1,0 +1,326 @@
+import gzip
+import logging
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from hf_vqlogits.conversion import text
+from hf_vqlogits.conversion.errors import ConversionError
+from hf_vqlogits.conversion.text import (
+    blocks,
+    builtin_english_text,
+    load_text,
+    sample_token_ids,
+    split_lines,
+    stream_text,
+    tokenize,
+)
+
+PROSE = (
+    "The quick brown fox, aged 7, jumps.\n\n  Over the lazy dog's back!\nAnd so on; \t and on.\n"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Byte-level BPE with GPT-2's way of splitting words."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([PROSE * 3], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50,
+        n_positions=32,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=3,
+        eos_token_id=3,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+class TestReading:
+    def test_file_with_byte_order_mark(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + PROSE.encode())
+        assert load_text(str(tmp_path / "a.txt")) == PROSE
+
+    def test_folder_in_order_of_names_with_gz_and_subfolders(self, tmp_path):
+        (tmp_path / "b.txt").write_text("second\n")
+        with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
+            file.write("first\n")
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "d.txt").write_text("third\n")
+        (tmp_path / "a.json").write_text("not text")
+        assert load_text(str(tmp_path)) == "first\nsecond\nthird\n"
+
+    def test_stops_reading_when_there_is_enough(self, tmp_path):
+        (tmp_path / "a.txt").write_text("one")
+        (tmp_path / "b.txt").write_bytes(b"\0 never reached")
+        assert load_text(str(tmp_path), max_characters=3) == "one"
+
+    def test_stream_gives_large_files_in_pieces(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(text, "READ_CHARACTERS", 10)
+        (tmp_path / "a.txt").write_text(PROSE)
+        pieces = list(stream_text(str(tmp_path / "a.txt")))
+        assert len(pieces) > 5
+        assert "".join(pieces) == PROSE
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "no text"),
+            (b" \n\n", "no text"),
+            (b"MZ\0\0abc", "binary"),
+            (b"caf\xe9 \xff\n", "not UTF-8"),
+            ("text".encode("utf-16"), "not UTF-8|binary"),
+        ],
+    )
+    def test_unusable_file(self, tmp_path, content, message):
+        path = tmp_path / "a.txt"
+        path.write_bytes(content)
+        with pytest.raises(ConversionError, match=message) as caught:
+            load_text(str(path))
+        assert "a.txt" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "damage", [lambda b: b[:-12], lambda b: b"PK" + b[2:], lambda b: b[:15]]
+    )
+    def test_damaged_gz(self, tmp_path, damage):
+        path = tmp_path / "a.gz"
+        path.write_bytes(damage(gzip.compress(PROSE.encode() * 9)))
+        with pytest.raises(ConversionError, match=r"a\.gz' cannot be read"):
+            load_text(str(path))
+
+    def test_unreadable_file(self, tmp_path, monkeypatch):
+        path = tmp_path / "a.txt"
+        path.write_text(PROSE)
+
+        def refuse(*args, **kwargs):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("builtins.open", refuse)
+        with pytest.raises(ConversionError, match=r"cannot be read.*Permission denied"):
+            load_text(str(path))
+
+    def test_folder_without_text(self, tmp_path):
+        (tmp_path / "a.bin").write_bytes(b"x")
+        with pytest.raises(ConversionError, match=r"no \.txt or \.gz files"):
+            load_text(str(tmp_path))
+
+    @pytest.mark.parametrize("source", ["missing.txt", "./missing", "a/b/c", "x.gz", "a:b:c:d", ""])
+    def test_missing_file_is_not_looked_for_as_data_set(self, source, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ConversionError, match="no file or folder"):
+            load_text(source)
+
+
+class TestDatasets:
+    @pytest.fixture
+    def serve(self, monkeypatch):
+        """Stand in for the hub: answers with the rows given and records what was asked."""
+        asked = {}
+
+        def provide(rows, size=100):
+            class Builder:
+                class info:
+                    download_size = size
+
+            def load(path, name, **options):
+                asked.update(options, path=path, name=name)
+                return rows
+
+            monkeypatch.setattr("datasets.load_dataset_builder", lambda path, name: Builder)
+            monkeypatch.setattr("datasets.load_dataset", load)
+            return asked
+
+        return provide
+
+    @pytest.mark.parametrize(
+        ("source", "path", "name", "split"),
+        [
+            ("org/set", "org/set", None, "train"),
+            ("org/set:part", "org/set", "part", "train"),
+            ("org/set:part:test", "org/set", "part", "test"),
+            ("org/set::test", "org/set", None, "test"),
+            ("wikitext", "Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+            ("wikitext:wikitext-103-v1", "Salesforce/wikitext", "wikitext-103-v1", "train"),
+            (text.WIKITEXT, "Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+        ],
+    )
+    def test_what_a_source_asks_for(self, serve, source, path, name, split):
+        asked = serve([{"text": "a"}])
+        assert load_text(source) == "a\n"
+        assert asked == {"path": path, "name": name, "split": split, "streaming": False}
+
+    def test_rows_become_lines(self, serve):
+        serve([{"text": "one\n"}, {"text": ""}, {"text": "two"}, {"text": None}])
+        assert load_text("org/set") == "one\n\ntwo\n\n"
+
+    def test_only_string_column_is_the_text(self, serve):
+        features = Features({"id": Value("int64"), "content": Value("string")})
+        serve(Dataset.from_list([{"id": 1, "content": "words"}], features=features))
+        assert load_text("org/set") == "words\n"
+
+    def test_text_column_wins(self, serve):
+        serve([{"title": "no", "text": "yes"}])
+        assert load_text("org/set") == "yes\n"
+
+    def test_unclear_column(self, serve):
+        serve([{"question": "q", "answer": "a"}])
+        with pytest.raises(ConversionError, match=r"no column `text`.*question, answer"):
+            load_text("org/set")
+
+    def test_empty_data_set(self, serve):
+        serve([])
+        with pytest.raises(ConversionError, match="no text"):
+            load_text("org/set")
+
+    def test_large_data_set_is_streamed(self, serve):
+        asked = serve([{"text": "a"}], size=2 << 30)
+        load_text("org/set")
+        assert asked["streaming"]
+
+    def test_offline(self, monkeypatch, tmp_path):
+        # Through the library itself, which knows before it tries that it may not connect.
+        import datasets.config
+        import huggingface_hub.constants
+
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ConversionError, match=r"cannot be had: .*Offline.*give a text file"):
+            load_text("surely-not/on-any-machine")
+
+
+class TestTokenize:
+    def test_equals_the_whole_at_once(self, tokenizer, monkeypatch, caplog):
+        monkeypatch.setattr(text, "PIECE_CHARACTERS", 60)
+        long = PROSE * 20
+        pieces = list(text._pieces([long]))
+        assert len(pieces) > 30
+        with caplog.at_level(logging.WARNING):
+            ids = tokenize(long, tokenizer)
+        assert not caplog.records  # "sequence length is longer than the specified maximum"
+        assert ids.dtype == torch.int64
+        assert ids.tolist() == tokenizer(long, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @given(
+        st.lists(st.text(alphabet=string.ascii_letters + " \n\t.,'0é中", max_size=90), max_size=6),
+    )
+    def test_pieces_join_to_the_text(self, texts):
+        before, text.PIECE_CHARACTERS = text.PIECE_CHARACTERS, 32
+        try:
+            pieces = list(text._pieces(texts))
+        finally:
+            text.PIECE_CHARACTERS = before
+        assert "".join(pieces) == "".join(texts)
+        assert all(0 < len(piece) <= 32 for piece in pieces)
+
+    def test_text_without_words_is_cut_at_lines(self, monkeypatch):
+        monkeypatch.setattr(text, "PIECE_CHARACTERS", 10)
+        assert list(text._pieces(["中中中\n中中中\n中中中\n"])) == ["中中中\n中中中\n", "中中中\n"]
+
+    def test_reads_no_more_than_needed(self, tokenizer, monkeypatch):
+        monkeypatch.setattr(text, "PIECE_CHARACTERS", 40)
+
+        def endless():
+            while True:
+                yield PROSE
+
+        ids = tokenize(endless(), tokenizer, 100)
+        assert ids.shape == (100,)
+        assert torch.equal(ids, tokenize(PROSE * 10, tokenizer)[:100])
+
+    def test_nothing(self, tokenizer):
+        assert tokenize("", tokenizer).shape == (0,)
+
+    def test_real_tokenizer(self, monkeypatch):
+        folder = Path(__file__).parents[2].parent / "shared" / "models" / "gpt2-novels"
+        if not folder.exists():
+            pytest.skip(f"needs {folder}")
+        gpt2 = PreTrainedTokenizerFast.from_pretrained(folder)
+        english = builtin_english_text()[:100_000]
+        monkeypatch.setattr(text, "PIECE_CHARACTERS", 1000)
+        whole = gpt2(english, add_special_tokens=False, verbose=False)["input_ids"]
+        assert tokenize(english, gpt2).tolist() == whole
+
+
+class TestCutting:
+    def test_blocks(self):
+        ids = torch.arange(24)
+        rows = blocks(ids, 5)
+        assert rows.tolist() == [list(range(i, i + 6)) for i in (0, 5, 10, 15)]
+        assert blocks(torch.arange(26), 5).shape == (5, 6)
+
+    def test_too_few_tokens(self):
+        assert blocks(torch.arange(6), 5).shape == (1, 6)
+        with pytest.raises(ConversionError, match="has 5 tokens, but at least 6"):
+            blocks(torch.arange(5), 5)
+
+    def test_split_lines(self):
+        lines = [f"{i}\x0b\u2028\n" for i in range(10)]  # other line separators do not count
+        first, rest = split_lines("".join(lines), 0.8)
+        assert first == "".join(lines[:8])
+        assert rest == "".join(lines[8:])
+
+    @given(st.text(alphabet="ab\n", min_size=1, max_size=60), st.floats(0.01, 0.99))
+    def test_split_lines_loses_nothing(self, whole, fraction):
+        try:
+            first, rest = split_lines(whole, fraction)
+        except ConversionError:
+            return
+        assert first + rest == whole
+        assert first.endswith("\n")
+        assert rest
+
+    def test_too_few_lines(self):
+        with pytest.raises(ConversionError, match="1 lines cannot be split into 80%"):
+            split_lines("one line", 0.8)
+
+    def test_builtin_text(self):
+        english = builtin_english_text()
+        assert len(english) > 300_000
+        assert "The Python" in english or "Python" in english
+        assert "\0" not in english
+
+
+class TestSampling:
+    def test_shape_seed_and_settings(self, model):
+        before = torch.random.get_rng_state()
+        config = model.generation_config
+        rows = sample_token_ids(model, tokens=100, context=16, batch_size=3)
+        assert rows.shape == (7, 17)
+        assert rows.dtype == torch.int64
+        assert torch.equal(rows, sample_token_ids(model, tokens=100, context=16, batch_size=3))
+        other = sample_token_ids(model, tokens=100, context=16, batch_size=3, seed=1)
+        assert not torch.equal(rows, other)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert model.generation_config is config
+
+    def test_samples_from_the_whole_distribution_past_end_of_text(self, model):
+        # This model is next to uniform, so every token turns up, the end-of-text token 3 included,
+        # unless a default (top_k = 50, stop at the end of text) still holds or one of the model's.
+        model.generation_config.top_p = 0.3
+        try:
+            rows = sample_token_ids(model, tokens=3000, context=30, batch_size=100)
+        finally:
+            model.generation_config.top_p = 1.0
+        counts = rows[:, 1:].flatten().bincount(minlength=50)
+        assert counts.min() > 20
+        ends = (rows[:, 1:-1] == 3).nonzero()
+        assert len(ends) > 20
+        assert (rows[ends[:, 0], ends[:, 1] + 2] != 3).any()
