@@ -1,0 +1,141 @@
+"""Whole-model fine-tuning of a converted model beside the dense one, with both examples.
+
+    python -m benchmarks.finetuning --data DATA --output benchmarks/results/finetuning.json
+
+Both models see the same text, tokens and schedule; texts and evaluation are the protocol's.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_vqlogits  # noqa: F401 - registers the model type
+from hf_vqlogits.conversion.assessment import assess
+from hf_vqlogits.conversion.checkpoint import write_checkpoint
+from hf_vqlogits.conversion.environment import machine, versions
+from hf_vqlogits.conversion.quantise import Quantiser
+from hf_vqlogits.conversion.sizes import choose_size
+from hf_vqlogits.conversion.source import Source
+from hf_vqlogits.conversion.streaming import hidden_states
+
+from .protocol import Case, load_case
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+COMMANDS = {
+    "Trainer": [sys.executable, str(EXAMPLES / "finetune_trainer.py")],
+    "Accelerate": [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+        str(EXAMPLES / "finetune_accelerate.py"),
+    ],
+}
+SCHEDULE = {
+    "--train": "all",
+    "--batch-size": "4",
+    "--context": "256",
+    "--mixed-precision": "bf16",
+}
+
+
+def perplexities(folder: Path, case: Case) -> dict[str, float]:
+    """Perplexity of a saved model on every text of the protocol."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = {}
+    for text, blocks in case.evaluation.items():
+        nats, tokens = 0.0, 0
+        for hidden, labels in hidden_states(model.base_model, blocks):
+            for h, y in zip(hidden.split(1024), labels.split(1024), strict=True):
+                with torch.no_grad():
+                    logits = model.get_output_embeddings()(h).float()
+                nats += float(torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
+            tokens += len(labels)
+        found[text] = float(torch.tensor(nats / tokens, dtype=torch.float64).exp())
+    return found
+
+
+def prepare(case: Case, folder: Path, reduction: float, seed: int) -> dict[str, Path]:
+    """Write the dense and the converted model, and the protocol's text."""
+    dense = AutoModelForCausalLM.from_config(case.parts.config)
+    dense.base_model.load_state_dict(case.parts.backbone.state_dict())
+    dense.tie_weights()
+    dense.save_pretrained(folder / "dense")
+    case.tokenizer.save_pretrained(folder / "dense")
+    quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
+    statistics = quantiser.calibrate()
+    vocab_size, hidden_size = case.parts.weight.shape
+    size = choose_size(
+        "signs", vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction
+    )
+    head = quantiser.sign_heads([size], statistics)[size]
+    source = Source(case.name, dense.eval(), case.tokenizer, {})
+    report = assess(quantiser, source, size, head, method="signs", rungs={})
+    (folder / "vq").mkdir()
+    write_checkpoint(folder / "vq", report.model, source)
+    for name, rows in (("train", case.calibration), ("eval", case.corpus().evaluation[:16])):
+        text = case.tokenizer.batch_decode(rows[:, :-1])
+        (folder / f"{name}.txt").write_text("\n".join(text), encoding="utf8")
+    return {"dense": folder / "dense", "vq": folder / "vq"}
+
+
+def main() -> None:
+    """Measure and write the results."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--data", type=Path, default=Path("../shared/data"))
+    p.add_argument("--models", type=Path, default=Path("../shared/models"))
+    p.add_argument("--model", default="smollm2")
+    p.add_argument("--param-reduction", type=float, default=0.99)
+    p.add_argument("--steps", type=int, default=100)
+    p.add_argument("--learning-rate", default="5e-5")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--quick", action="store_true", help="a twentieth of the text")
+    p.add_argument("--output", type=Path, required=True)
+    options = p.parse_args()
+    case = load_case(options.model, options.data, options.models, quick=options.quick)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        models = prepare(case, folder, options.param_reduction, options.seed)
+        for name, path in models.items():
+            rows.append({"model": name, "example": None, "texts": perplexities(path, case)})
+        for example, command in COMMANDS.items():
+            for name, path in models.items():
+                tuned = folder / f"{name}-{example}"
+                schedule = {
+                    **SCHEDULE,
+                    "--model": str(path),
+                    "--train-data": str(folder / "train.txt"),
+                    "--eval-data": str(folder / "eval.txt"),
+                    "--output": str(tuned),
+                    "--steps": str(options.steps),
+                    "--learning-rate": options.learning_rate,
+                    "--seed": str(options.seed),
+                }
+                words = [word for pair in schedule.items() for word in pair]
+                subprocess.run([*command, *words], check=True)
+                texts = perplexities(tuned, case)
+                rows.append({"model": name, "example": example, "texts": texts})
+    result = {
+        "command": "python -m benchmarks.finetuning " + " ".join(sys.argv[1:]),
+        "param_reduction": options.param_reduction,
+        "steps": options.steps,
+        "learning_rate": float(options.learning_rate),
+        "schedule": SCHEDULE,
+        "seed": options.seed,
+        "machine": machine(),
+        "versions": versions(),
+        "rows": rows,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+    for row in rows:
+        print(f"{row['model']:6} {row['example'] or 'before':10}", row["texts"])
+
+
+if __name__ == "__main__":
+    main()

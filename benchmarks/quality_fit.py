@@ -1,0 +1,121 @@
+"""Perplexity of fitted heads, without any training, by the project's protocol.
+
+    python -m benchmarks.quality_fit --data DATA --models MODELS --output benchmarks/results/...
+
+The command behind `benchmarks/results/quality_fit.json` and the table in the README.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hf_vqlogits.conversion.environment import machine, versions
+from hf_vqlogits.conversion.quantise import Quantiser
+from hf_vqlogits.conversion.sizes import HeadSize, choose_size
+
+from .protocol import MODELS, Case, factor, load_case
+
+ROWS = (
+    ("signs", 0.99),
+    ("signs", 0.98),
+    ("signs", 0.96),
+    ("residual", 0.99),
+    ("kmeans", 0.99),
+)
+
+
+def measure(case: Case, *, seed: int) -> list[dict[str, Any]]:
+    """One row of figures for each of `ROWS`."""
+    quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
+    with quantiser.timed("calibration"):
+        statistics = quantiser.calibrate()
+    vocab_size, hidden_size = case.parts.weight.shape
+    heads, sizes, seconds = {}, {}, {}
+    for method, reduction in ROWS:
+        size = choose_size(
+            method, vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction
+        )
+        start = time.perf_counter()
+        if method == "signs":
+            head = quantiser.sign_heads([size], statistics)[size]
+        else:
+            head = quantiser.index_head(size, method, statistics)
+        name = f"{method} {reduction:.1%}"
+        heads[name], sizes[name] = head, size
+        seconds[name] = time.perf_counter() - start
+    scores = case.judge(heads)
+    return [
+        _row(case, name, head, sizes[name], seconds[name], quantiser, scores)
+        for name, head in heads.items()
+    ]
+
+
+def _row(
+    case: Case,
+    name: str,
+    head: Any,
+    size: HeadSize,
+    seconds: float,
+    quantiser: Quantiser,
+    scores: Any,
+) -> dict[str, Any]:
+    storage = head.storage()
+    return {
+        "model": case.name,
+        "head": name,
+        "code_type": size.code_type,
+        "num_codebooks": size.num_codebooks,
+        "codebook_size": size.codebook_size,
+        **storage,
+        "dense_bytes_bfloat16": case.parts.weight.numel() * 2,
+        "factor": factor(scores, name),
+        "texts": {
+            text: {
+                "dense_perplexity": by_head["dense"].perplexity,
+                "perplexity": by_head[name].perplexity,
+                "factor": by_head[name].perplexity / by_head["dense"].perplexity,
+                "greedy_agreement": by_head[name].agreement,
+                "tokens": by_head[name].tokens,
+            }
+            for text, by_head in scores.items()
+        },
+        "fit_seconds": seconds,
+        "calibration_seconds": quantiser.seconds["calibration"],
+        "calibration_tokens": case.calibration.numel(),
+    }
+
+
+def main() -> None:
+    """Measure and write the results."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--data", type=Path, default=Path("../shared/data"))
+    p.add_argument("--models", type=Path, default=Path("../shared/models"))
+    p.add_argument("--only", choices=MODELS, help="one of the models")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--quick", action="store_true", help="a twentieth of the text")
+    p.add_argument("--output", type=Path, required=True)
+    options = p.parse_args()
+    rows = []
+    for name in [options.only] if options.only else MODELS:
+        case = load_case(name, options.data, options.models, quick=options.quick)
+        rows += measure(case, seed=options.seed)
+    result = {
+        "command": "python -m benchmarks.quality_fit " + " ".join(sys.argv[1:]),
+        "quick": options.quick,
+        "seed": options.seed,
+        "machine": machine(),
+        "versions": versions(),
+        "rows": rows,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+    for row in rows:
+        texts = "  ".join(f"{t} x{v['factor']:.4f}" for t, v in row["texts"].items())
+        print(f"{row['model']:12} {row['head']:16} x{row['factor']:.4f}  {texts}")
+
+
+if __name__ == "__main__":
+    main()
