@@ -5,6 +5,7 @@ is only a guess; it counts once the dense layer, run through our model, gives th
 logits on a probe batch.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -130,6 +131,13 @@ def take_apart(model: PreTrainedModel) -> SourceParts:
             f"{type(model).__name__} ({name!r}) wraps a {type(backbone).__name__}, which AutoModel "
             "would not build for its configuration; the family is not supported."
         )
+    sizes = VQLogitsConfig(text_config=copy.deepcopy(config))
+    expected_shape = (sizes.vocab_size, sizes.hidden_size)
+    if tuple(weight.shape) != expected_shape:
+        raise ConversionError(
+            f"The output layer of {type(model).__name__} is {tuple(weight.shape)}, but its "
+            f"configuration says {expected_shape}; the checkpoint and its config.json differ."
+        )
     parts = SourceParts(
         backbone=backbone,
         weight=weight.detach(),
@@ -146,14 +154,18 @@ def assemble(parts: SourceParts, config: VQLogitsConfig, head: VQLogitsHead) -> 
     with torch.device("meta"):
         model = VQLogitsForCausalLM(config)
     model.model.backbone = parts.backbone
+    model.config.text_config = parts.config  # one object, as in a model built the ordinary way
     model.lm_head = head
     return model.train(parts.backbone.training)
 
 
 def head_config(parts: SourceParts, **fields: object) -> VQLogitsConfig:
-    """Configuration of a head for these parts; `fields` are those of [`VQLogitsConfig`]."""
+    """Configuration of a head for these parts; `fields` are those of [`VQLogitsConfig`].
+
+    With a copy of the backbone's own: composing configurations resets a live one's attention.
+    """
     return VQLogitsConfig(
-        text_config=parts.config,
+        text_config=copy.deepcopy(parts.config),
         logit_scale=parts.transform.scale,
         final_logit_softcapping=parts.transform.softcap,
         **fields,

@@ -116,12 +116,12 @@ def _read_dataset(source: str, split: str) -> Iterator[str]:
     from datasets.exceptions import DatasetsError
 
     name, config, named_split = (*source.split(":"), "", "")[:3]
-    name, default_config = DEFAULT_CONFIGS.get(name, (name, ""))
-    config = config or default_config or None
+    name, default_config = DEFAULT_CONFIGS.get(name, (name, None))
+    chosen = config or default_config
     try:
-        size = load_dataset_builder(name, config).info.download_size or 0
+        size = load_dataset_builder(name, chosen).info.download_size or 0
         streaming = size > STREAMED_BYTES
-        rows = load_dataset(name, config, split=named_split or split, streaming=streaming)
+        rows = load_dataset(name, chosen, split=named_split or split, streaming=streaming)
         column = None
         for row in rows:
             column = column or _text_column(row, source)
@@ -139,7 +139,7 @@ def _read_dataset(source: str, split: str) -> Iterator[str]:
 
 def _text_column(row: dict[str, object], source: str) -> str:
     strings = [name for name, value in row.items() if isinstance(value, str)]
-    if "text" in strings:
+    if "text" in strings or row.get("text", 0) is None:  # no text in the first row only
         return "text"
     if len(strings) == 1:
         return strings[0]

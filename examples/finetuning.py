@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -48,7 +49,7 @@ class Task:
         dtype: type of the weights as the model was stored, and will be again.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     train: Tensor
     evaluation: Tensor
@@ -219,7 +220,9 @@ def _rows(
     return ids[: len(ids) // context * context].view(-1, context)
 
 
-def select_trainable(model: PreTrainedModel, what: str, *, lora_rank: int) -> PreTrainedModel:
+def select_trainable(
+    model: PreTrainedModel, what: str, *, lora_rank: int
+) -> PreTrainedModel | PeftModel:
     """Mark what is to be trained.
 
     Args:
@@ -229,11 +232,9 @@ def select_trainable(model: PreTrainedModel, what: str, *, lora_rank: int) -> Pr
         lora_rank: rank of the adapters.
 
     Returns:
-        The model, within a `PeftModel` for LoRA.
+        The model; for LoRA with adapters around it.
     """
     if what == "lora":
-        from peft import get_peft_model
-
         return get_peft_model(model, lora_config(model, r=lora_rank, lora_alpha=2 * lora_rank))
     if what == "head":
         model.requires_grad_(False)
@@ -241,7 +242,7 @@ def select_trainable(model: PreTrainedModel, what: str, *, lora_rank: int) -> Pr
     return model
 
 
-def collator(model: PreTrainedModel) -> Callable[[list[Tensor]], dict[str, Any]]:
+def collator(model: PreTrainedModel | PeftModel) -> Callable[[list[Tensor]], dict[str, Any]]:
     """What makes a batch of rows for this model.
 
     A quantised model is told to give the loss alone; in evaluation it would otherwise compute

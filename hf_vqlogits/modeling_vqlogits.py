@@ -70,10 +70,13 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # Everything but the head belongs to the backbone, which initialises itself.
         if isinstance(module, VQLogitsHead):
-            for name, value in module.initial_tensors().items():
-                initialization.copy_(getattr(module, name), value)
-        # Everything else belongs to the backbone, which initialises itself.
+            tensors = module.state_dict(keep_vars=True).values()
+            loaded = (getattr(t, "_is_hf_initialized", False) for t in tensors)
+            if not all(loaded):  # `initialization.copy_` leaves alone those that are
+                for name, value in module.initial_tensors().items():
+                    initialization.copy_(getattr(module, name), value)
 
     @classmethod
     def is_custom_code(cls) -> bool:

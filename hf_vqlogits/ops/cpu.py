@@ -2,8 +2,8 @@
 
 The library is built from `csrc/` when the package is installed, if there is a C++ compiler. It has
 two paths: `avx512`, tables of 16-bit partial sums, for sign codes and for index codes with K <= 32;
-and `plain`, portable C++ with tables of float32, for all codes. It is a plain C library, bound to no
-version of Python or PyTorch.
+and `plain`, portable C++ with tables of float32, for all codes. Being a plain C library it is bound
+to no version of PyTorch.
 """
 
 import ctypes

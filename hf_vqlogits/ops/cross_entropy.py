@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import eager
@@ -84,6 +83,7 @@ def linear_cross_entropy(
         ValueError: shapes that do not go together, or an option out of its range.
         TypeError: `labels` is not int64.
         IndexError: a label lies outside 0..V-1 and is not `ignore_index`.
+        RuntimeError: in backward, with `create_graph=True`.
     """
     _check_tensors(hidden, labels, codebook, codebook_bias)
     _check_options(reduction, label_smoothing, final_logit_softcapping, chunk_size)
@@ -201,10 +201,16 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(gradient, labels)
 
 
-@once_differentiable
 def _gradient_of_losses(
     ctx: Any, grad_losses: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        # `once_differentiable` would notice only a gradient of the losses that has a graph itself,
+        # and let second derivatives that go through the scores be silently wrong.
+        raise RuntimeError(
+            "linear_cross_entropy can be differentiated once, but `create_graph=True` asks for the "
+            "graph of its gradient; use `expand` and torch.nn.functional.cross_entropy instead."
+        )
     if grad_losses is None:
         return (None,) * 10
     gradient, labels = ctx.saved_tensors

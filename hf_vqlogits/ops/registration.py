@@ -46,7 +46,8 @@ def expand(scores: Tensor, codes: Tensor, *, code_type: str) -> Tensor:
         TypeError: `scores` or `codes` has a type that the operation does not know.
         ValueError: shapes or devices do not go together, `code_type` is unknown, or the environment
             variable `VQLOGITS_BACKEND`, which forces a backend, is (see `backends.py`).
-        IndexError: an index code lies outside 0..K-1 (on a GPU an assertion on the device).
+        IndexError: an index code lies outside 0..K-1 (by the compiled kernels; elsewhere whatever
+            PyTorch's own indexing raises on the device).
     """
     logits: Tensor = torch.ops.vqlogits.expand.default(scores, codes, code_type)
     return logits

@@ -144,3 +144,10 @@ def test_taking_apart_copies_nothing_and_restores_the_mode():
     assert parts.tied
     assert parts.weight.data_ptr() == model.lm_head.weight.data_ptr()
     assert parts.backbone is model.transformer
+
+
+def test_an_output_layer_of_another_size_than_the_configuration_is_refused():
+    model = tiny_model("llama", tie_word_embeddings=False)
+    model.lm_head = torch.nn.Linear(32, 100, bias=False)
+    with pytest.raises(ConversionError, match=r"is \(100, 32\), but its configuration says"):
+        take_apart(model)

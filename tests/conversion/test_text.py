@@ -177,8 +177,8 @@ class TestDatasets:
         assert load_text("org/set") == "words\n"
 
     def test_text_column_wins(self, serve):
-        serve([{"title": "no", "text": "yes"}])
-        assert load_text("org/set") == "yes\n"
+        serve([{"title": "no", "text": None}, {"title": "no", "text": "yes"}])
+        assert load_text("org/set") == "\nyes\n"
 
     def test_unclear_column(self, serve):
         serve([{"question": "q", "answer": "a"}])

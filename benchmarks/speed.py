@@ -1,0 +1,91 @@
+"""Time of the logits beside the dense layer, on random tensors of a real shape.
+
+    python -m benchmarks.speed --output benchmarks/results/speed.json
+
+Each row of figures is the median of calls taken in turns with the dense layer's, in one run; before
+it is timed, the head's output is compared with the exact sum.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config
+
+from hf_vqlogits import VQLogitsConfig, VQLogitsHead
+from hf_vqlogits.conversion.environment import machine, versions
+from hf_vqlogits.conversion.timing import paired_medians
+
+VOCAB_SIZE, HIDDEN_SIZE = 50_257, 768
+ROWS = (1, 8, 64)
+REDUCTIONS = {0.995: 250, 0.99: 501, 0.98: 1003}  # share saved: bits a token
+
+
+@torch.no_grad()
+def measure(rows: int, bits: int, *, seed: int) -> dict[str, Any]:
+    """Median milliseconds and ratios for so many rows of hidden states."""
+    generator = torch.Generator().manual_seed(seed)
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=HIDDEN_SIZE)
+    torch.manual_seed(seed)
+    head = VQLogitsHead(VQLogitsConfig(text_config=config, num_codebooks=bits)).eval()
+    hidden = torch.randn(rows, HIDDEN_SIZE, generator=generator)
+    weight = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
+    low_hidden, low_weight = hidden.bfloat16(), weight.bfloat16()
+    exact = torch.nn.functional.linear(hidden, *head.to_linear())
+    error = float((head(hidden) - exact).abs().max() / exact.std())
+    seconds = paired_medians(
+        {
+            "dense_float32": lambda: hidden @ weight.T,
+            "dense_bfloat16": lambda: low_hidden @ low_weight.T,
+            "quantised": lambda: head(hidden),
+        },
+        torch.device("cpu"),
+    )
+    own = seconds["quantised"]
+    return {
+        "rows": rows,
+        "bits": bits,
+        "milliseconds": {name: value * 1e3 for name, value in seconds.items()},
+        "times_faster_than_float32": seconds["dense_float32"] / own,
+        "times_faster_than_bfloat16": seconds["dense_bfloat16"] / own,
+        "largest_error_in_deviations_of_the_logits": error,
+    }
+
+
+def main() -> None:
+    """Measure and write the results."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--quick", action="store_true", help="one row only")
+    p.add_argument("--output", type=Path, required=True)
+    options = p.parse_args()
+    found = [
+        measure(rows, bits, seed=options.seed)
+        for rows in (ROWS[:1] if options.quick else ROWS)
+        for bits in REDUCTIONS.values()
+    ]
+    result = {
+        "command": "python -m benchmarks.speed " + " ".join(sys.argv[1:]),
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "seed": options.seed,
+        "machine": machine(),
+        "versions": versions(),
+        "rows": found,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+    for row in found:
+        print(
+            f"N = {row['rows']:2}, R = {row['bits']:4}: {row['milliseconds']['quantised']:.3f} ms, "
+            f"{row['times_faster_than_float32']:.1f}x / {row['times_faster_than_bfloat16']:.1f}x "
+            f"faster than float32 / bfloat16, largest error "
+            f"{row['largest_error_in_deviations_of_the_logits']:.1e} deviations"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+import pytest
+import references
+import torch
+from test_eager import LargestTensor
+from torch.nn import functional
+
+from hf_vqlogits import ops
+from hf_vqlogits.ops import cross_entropy
+
+VOCABULARY, HIDDEN = 97, 6
+CODES = {
+    "sign": references.random_sign_codes(VOCABULARY, 13),
+    "index": references.random_index_codes(VOCABULARY, 3, 5),
+    "one codebook": references.random_index_codes(VOCABULARY, 1, 11),
+}
+each_kind = pytest.mark.parametrize("kind", CODES)
+IGNORED = -7
+
+
+def make_problem(kind, dtype=torch.float64, rows=9, seed=0):
+    """Hidden states, labels of which two are ignored, and the tensors of a head."""
+    torch.manual_seed(seed)
+    shape = {"sign": (13,), "index": (3, 5), "one codebook": (1, 11)}[kind]
+    codes = CODES[kind]
+    if kind == "one codebook":
+        codes = torch.where(codes == 4, 5, codes).to(torch.uint8)  # codeword 4 is of no token
+    labels = torch.randint(0, VOCABULARY, (rows,))
+    labels[:2] = IGNORED
+    head = {
+        "codebook": torch.randn(*shape, HIDDEN, dtype=dtype, requires_grad=True),
+        "codebook_bias": torch.randn(*shape, dtype=dtype, requires_grad=True),
+        "codes": codes,
+        "code_type": "sign" if kind == "sign" else "index",
+        "ignore_index": IGNORED,
+    }
+    return torch.randn(rows, HIDDEN, dtype=dtype, requires_grad=True), labels, head
+
+
+def dense_loss(hidden, labels, head, *, scale=1.0, cap=None, **options):
+    """The loss of the written-out logits, in float64."""
+    exact = {k: head[k].detach().double() for k in ("codebook", "codebook_bias")}
+    for tensor in exact.values():
+        tensor.requires_grad_()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    scores = torch.einsum("nd,...d->n...", exact_hidden, exact["codebook"]) + exact["codebook_bias"]
+    z = scale * references.logits(scores, head["codes"], head["code_type"])
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    loss = functional.cross_entropy(z, labels, ignore_index=IGNORED, **options)
+    return loss, (exact_hidden, *exact.values())
+
+
+def chunked_loss(hidden, labels, head, *, scale=1.0, cap=None, **options):
+    return ops.linear_cross_entropy(
+        hidden, labels, **head, logit_scale=scale, final_logit_softcapping=cap, **options
+    )
+
+
+def gradients(hidden, head):
+    return hidden.grad, head["codebook"].grad, head["codebook_bias"].grad
+
+
+@each_kind
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    ("smoothing", "scale", "cap", "chunk_size"),
+    [(0.0, 1.0, None, None), (0.1, 1.0, None, 2), (0.0, 0.3, 2.0, 1), (1.0, 1.7, 5.0, 100)],
+)
+def test_loss_and_gradients_are_those_of_the_dense_logits(
+    kind, reduction, smoothing, scale, cap, chunk_size
+):
+    hidden, labels, head = make_problem(kind)
+    options = {"reduction": reduction, "label_smoothing": smoothing, "scale": scale, "cap": cap}
+    want, exact = dense_loss(hidden, labels, head, **options)
+    got = chunked_loss(hidden, labels, head, chunk_size=chunk_size, **options)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn(want.shape, dtype=torch.float64)  # a gradient of its own for every row
+    (want * weights).sum().backward()
+    (got * weights).sum().backward()
+    for mine, theirs in zip(gradients(hidden, head), exact, strict=True):
+        torch.testing.assert_close(mine, theirs.grad)
+
+
+@each_kind
+def test_gradcheck(kind):
+    hidden, labels, head = make_problem(kind, rows=4)
+
+    def function(hidden, codebook, codebook_bias):
+        tensors = {"codebook": codebook, "codebook_bias": codebook_bias}
+        options = {"scale": 0.7, "cap": 3.0, "label_smoothing": 0.1, "chunk_size": 3}
+        return chunked_loss(hidden, labels, head | tensors, **options)
+
+    inputs = (hidden, head["codebook"], head["codebook_bias"])
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision(kind, dtype):
+    hidden, labels, head = make_problem(kind, dtype)
+    got = chunked_loss(hidden, labels, head)
+    got.backward()
+    want, exact = dense_loss(hidden, labels, head)
+    want.backward()
+    assert got.dtype == torch.float32
+    assert gradients(hidden, head)[1].dtype == dtype
+    # Scores of a few units are rounded to the type; tables of 16 bits have 0.2% of them.
+    tolerance = max(4 * torch.finfo(dtype).eps, 2e-3)
+    torch.testing.assert_close(got.double(), want.detach(), atol=tolerance, rtol=tolerance)
+    for mine, theirs in zip(gradients(hidden, head), exact, strict=True):
+        scale = theirs.grad.abs().max()
+        error = (mine.double() - theirs.grad).abs().max() / scale
+        assert error < 5 * tolerance
+
+
+@each_kind
+def test_autocast_takes_scores_in_half_precision_and_sums_in_single(kind):
+    hidden, labels, head = make_problem(kind, torch.float32)
+    want, _ = dense_loss(hidden, labels, head, reduction="none")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = chunked_loss(hidden, labels, head, reduction="none")
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want.detach(), atol=5e-2, rtol=5e-2)
+    got.sum().backward()
+    assert hidden.grad.dtype == torch.float32
+    # The scores are all that autocast rounds: the loss of the rounded scores is that of float32.
+    flat = functional.linear(
+        hidden.bfloat16(),
+        head["codebook"].flatten(0, -2).bfloat16(),
+        head["codebook_bias"].flatten().bfloat16(),
+    )
+    scores = flat.view(-1, *head["codebook_bias"].shape)
+    z = references.logits(scores, head["codes"], head["code_type"])
+    exact = functional.cross_entropy(z, labels, ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(got.double(), exact, atol=1e-2, rtol=0)
+
+
+@each_kind
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_row_that_counts(kind, reduction, rows):
+    hidden, _, head = make_problem(kind, rows=max(rows, 2))
+    hidden = hidden.detach()[:rows].requires_grad_()
+    labels = torch.full((rows,), IGNORED)
+    want, exact = dense_loss(hidden, labels, head, reduction=reduction)
+    got = chunked_loss(hidden, labels, head, reduction=reduction)
+    torch.testing.assert_close(got, want, equal_nan=True)
+    got.sum().backward()
+    want.sum().backward()
+    torch.testing.assert_close(hidden.grad, exact[0].grad, equal_nan=True)
+    assert not bool(hidden.grad.isnan().any())
+
+
+@each_kind
+def test_ignored_rows_are_not_computed(kind, monkeypatch):
+    hidden, labels, head = make_problem(kind, rows=9)
+    seen = []
+    original = cross_entropy._losses_and_slope
+
+    def record(logits, *arguments):
+        seen.append(len(logits))
+        return original(logits, *arguments)
+
+    monkeypatch.setattr(cross_entropy, "_losses_and_slope", record)
+    chunked_loss(hidden, labels, head, chunk_size=3)
+    assert seen == [3, 3, 1]
+
+
+@each_kind
+def test_evaluation_keeps_no_gradient(kind):
+    hidden, labels, head = make_problem(kind)
+    scores = torch.randn(9, *head["codebook_bias"].shape)
+    arguments = (head["code_type"], IGNORED, 0.0, 1.0, None, None)
+    losses, gradient = cross_entropy.compute_cross_entropy(
+        scores, head["codes"], labels, *arguments, False
+    )
+    assert gradient.numel() == 0
+    again, gradient = cross_entropy.compute_cross_entropy(
+        scores, head["codes"], labels, *arguments, True
+    )
+    assert gradient.shape == scores.shape
+    assert torch.equal(losses, again)
+    with torch.no_grad():
+        assert not chunked_loss(hidden, labels, head).requires_grad
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("kind", ["sign", "index"])
+def test_no_tensor_is_larger_than_a_chunk_of_logits(kind, cap):
+    vocabulary, rows, chunk = 3000, 64, 4
+    if kind == "sign":
+        scores, codes = torch.randn(rows, 40), references.random_sign_codes(vocabulary, 40)
+    else:
+        scores, codes = torch.randn(rows, 4, 9), references.random_index_codes(vocabulary, 4, 9)
+    labels = torch.randint(0, vocabulary, (rows,))
+    with LargestTensor() as largest:
+        cross_entropy.compute_cross_entropy(
+            scores, codes, labels, kind, IGNORED, 0.1, 0.5, cap, chunk, True
+        )
+    # The signs of a piece of the vocabulary are the one thing beside chunks of logits.
+    assert largest.elements <= max(chunk * vocabulary, 40 * vocabulary)
+    assert largest.elements < rows * vocabulary
+
+
+def test_one_codebook_needs_no_logits_at_all():
+    vocabulary, rows = 3000, 64
+    codes = references.random_index_codes(vocabulary, 1, 9)
+    labels = torch.randint(0, vocabulary, (rows,))
+    with LargestTensor() as largest:
+        cross_entropy.compute_cross_entropy(
+            torch.randn(rows, 1, 9), codes, labels, "index", IGNORED, 0.1, 0.5, 3.0, None, True
+        )
+    assert largest.elements == vocabulary  # the codes themselves, when tokens are counted
+
+
+def test_large_logits_do_not_overflow():
+    hidden, labels, head = make_problem("sign", torch.float32)
+    got = chunked_loss(1e4 * hidden.detach(), labels, head)
+    want, _ = dense_loss(1e4 * hidden, labels, head)
+    torch.testing.assert_close(got.double(), want.detach(), rtol=1e-2, atol=0)
+
+
+def test_twice_differentiated_is_refused():
+    hidden, labels, head = make_problem("sign")
+    loss = chunked_loss(hidden, labels, head)
+    with pytest.raises(RuntimeError, match="can be differentiated once, .* use `expand`"):
+        torch.autograd.grad(loss, head["codebook"], create_graph=True)
+
+
+def test_the_graph_can_be_used_again():
+    hidden, labels, head = make_problem("sign")
+    loss = chunked_loss(hidden, labels, head)
+    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@each_kind
+def test_pytorch_accepts_the_registration(kind):
+    _, labels, head = make_problem(kind)
+    scores = torch.randn(9, *head["codebook_bias"].shape, dtype=torch.float64, requires_grad=True)
+    arguments = (scores, head["codes"], labels, head["code_type"], IGNORED)
+    options = (0.1, 0.7, 30.0, 5, True)
+    torch.library.opcheck(torch.ops.vqlogits.cross_entropy.default, (*arguments, *options))
+
+
+@pytest.mark.parametrize("kind", ["sign", "one codebook"])
+def test_compilation_without_graph_breaks(kind):
+    hidden, labels, head = make_problem(kind, torch.float32)
+    compiled = torch.compile(chunked_loss, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (chunked_loss, compiled):
+        loss = function(hidden, labels, head, label_smoothing=0.1, cap=5.0)
+        results.append((loss, *torch.autograd.grad(loss, [hidden, head["codebook"]])))
+    for plain, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, plain)
+
+
+@each_kind
+@pytest.mark.parametrize("wrong", [-1, VOCABULARY])
+def test_labels_out_of_range_are_refused(kind, wrong):
+    hidden, labels, head = make_problem(kind)
+    labels[3] = wrong
+    with pytest.raises(IndexError, match=f"`labels` holds {wrong}; with 97 tokens .* -7"):
+        chunked_loss(hidden, labels, head)
+
+
+def test_codes_out_of_range_are_refused():
+    hidden, labels, head = make_problem("one codebook")
+    head["codes"] = head["codes"].clone()
+    head["codes"][5] = 11
+    with pytest.raises(IndexError, match="`codes` holds 11, but the scores have 11 codewords"):
+        chunked_loss(hidden, labels, head)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"reduction": "max"}, ValueError, "`reduction` is 'max'; it must be mean, sum, none"),
+        ({"label_smoothing": 1.5}, ValueError, "`label_smoothing` is 1.5"),
+        ({"label_smoothing": float("nan")}, ValueError, "`label_smoothing` is nan"),
+        ({"final_logit_softcapping": 0.0}, ValueError, "`final_logit_softcapping` is 0.0"),
+        ({"chunk_size": 0}, ValueError, "`chunk_size` is 0; it must be at least one row"),
+        ({"codebook": torch.zeros(13, 5)}, ValueError, r"`codebook` has shape \(13, 5\)"),
+        ({"codebook_bias": torch.zeros(12)}, ValueError, r"it must be \(12, 6\)"),
+        ({"labels": torch.zeros(8, dtype=torch.int64)}, ValueError, "flatten them to"),
+        ({"labels": torch.zeros(9)}, TypeError, "`labels` is torch.float32; .* int64"),
+        ({"hidden": torch.zeros(3, 3, 6)}, ValueError, r"`hidden` has shape \(3, 3, 6\)"),
+        ({"code_type": "signs"}, ValueError, "`code_type` is 'signs'"),
+    ],
+)
+def test_wrong_arguments_are_refused(change, error, message):
+    hidden, labels, head = make_problem("sign", torch.float32)
+    arguments = {"hidden": hidden, "labels": labels, **head} | change
+    with pytest.raises(error, match=message):
+        ops.linear_cross_entropy(arguments.pop("hidden"), arguments.pop("labels"), **arguments)
+
+
+def test_the_default_chunk_is_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 2 * 4 * VOCABULARY)
+    _, labels, head = make_problem("index", torch.float32)
+    scores = torch.randn(9, 3, 5)
+    with LargestTensor() as largest:
+        cross_entropy.compute_cross_entropy(
+            scores, head["codes"], labels, "index", IGNORED, 0.0, 1.0, None, None, False
+        )
+    assert largest.elements < 4 * VOCABULARY
