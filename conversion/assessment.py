@@ -5,7 +5,7 @@ import torch
 from hf_vqlogits import VQLogitsHead
 
 from .codebooks import perplexity_bound
-from .comparison import HeadScore, compare_heads
+from .comparison import HeadScore, Logits, compare_heads
 from .environment import machine, versions
 from .families import assemble
 from .quantise import Quantiser
@@ -120,10 +120,12 @@ def _scores(
     batches = hidden_states(
         parts.backbone, quantiser.corpus.evaluation, progress=quantiser.progress("evaluating")
     )
+
+    def in_own_type(layer: Logits) -> Logits:
+        return lambda hidden: layer(hidden.to(dtype))
+
     return compare_heads(
-        batches,
-        lambda h: parts.logits(h.to(dtype)),
-        {name: lambda h, one=one: one(h.to(dtype)) for name, one in heads.items()},
+        batches, in_own_type(parts.logits), {name: in_own_type(h) for name, h in heads.items()}
     )
 
 

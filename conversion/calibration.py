@@ -165,7 +165,7 @@ class StatisticsAccumulator:
         self._sum += centred.sum(0)
         self._products += centred.T @ centred
         for rows in hidden[offset::STRIDE].split(ROWS):
-            self._add_tokens(rows)
+            self._add_tokens(rows, self._origin.float())
 
     def finish(self) -> CalibrationStatistics:
         """The statistics of everything added so far.
@@ -191,7 +191,7 @@ class StatisticsAccumulator:
             shift_invariant=self._cap is None,
         )
 
-    def _add_tokens(self, rows: Tensor) -> None:
+    def _add_tokens(self, rows: Tensor, origin: Tensor) -> None:
         logits = rows @ self._weight.T  # (n, V)
         if self._bias is not None:
             logits += self._bias
@@ -208,7 +208,7 @@ class StatisticsAccumulator:
             weights *= slope.square_()
         weights *= self._scale**2
         self._fisher += weights.sum(0)
-        self._context.addmm_(weights.T, rows - self._origin.float())
+        self._context.addmm_(weights.T, rows - origin)
 
 
 def weight_only_statistics(weight: Tensor) -> CalibrationStatistics:

@@ -1,5 +1,6 @@
 """The model card of a converted model, and its plot."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .report import LADDER_COLUMNS, ConversionReport, ladder_cells
@@ -54,7 +55,7 @@ def model_card(report: ConversionReport) -> str:
     )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
     return "\n".join(lines)
 

@@ -141,7 +141,7 @@ def convert_to_vq(
 
 def _name_of(model_or_path: str | os.PathLike[str] | PreTrainedModel) -> str:
     if isinstance(model_or_path, PreTrainedModel):
-        return model_or_path.config.name_or_path
+        return model_or_path.config.name_or_path or ""
     return os.fspath(model_or_path)
 
 

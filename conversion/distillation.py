@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_vqlogits import VQLogitsHead
 
@@ -30,7 +31,7 @@ class Distillation:
 
 def distill(
     head: VQLogitsHead,
-    backbone: torch.nn.Module,
+    backbone: PreTrainedModel,
     *,
     teacher: Logits,
     blocks: Tensor,
@@ -102,7 +103,7 @@ def distill(
 
 @torch.no_grad()
 def held_out_kl(
-    head: VQLogitsHead, backbone: torch.nn.Module, teacher: Logits, blocks: Tensor
+    head: VQLogitsHead, backbone: PreTrainedModel, teacher: Logits, blocks: Tensor
 ) -> float:
     """Mean KL(dense || quantised) in nats over the positions of `blocks` (rows, context + 1)."""
     total, positions = 0.0, 0

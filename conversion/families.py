@@ -8,6 +8,7 @@ logits on a probe batch.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ def take_apart(model: PreTrainedModel) -> SourceParts:
             f"The output layer of {type(model).__name__} is a {type(layer).__name__} without a "
             "dense V x d weight, which is needed."
         )
-    backbone = model.base_model
+    backbone: Any = model.base_model
     expected = MODEL_MAPPING.get(type(config), None)
     allowed = expected if isinstance(expected, tuple) else (expected,)
     if type(backbone) not in allowed:
@@ -159,7 +160,7 @@ def assemble(parts: SourceParts, config: VQLogitsConfig, head: VQLogitsHead) -> 
     return model.train(parts.backbone.training)
 
 
-def head_config(parts: SourceParts, **fields: object) -> VQLogitsConfig:
+def head_config(parts: SourceParts, **fields: Any) -> VQLogitsConfig:
     """Configuration of a head for these parts; `fields` are those of [`VQLogitsConfig`].
 
     With a copy of the backbone's own: composing configurations resets a live one's attention.

@@ -22,6 +22,8 @@ from .calibration import CalibrationStatistics
 FISHER_POWER = 0.7
 CONTEXT_WEIGHT = 3.0
 CONFIDENCE = 3.0
+CONTEXT_SLOPE = 1.3
+CONTEXT_PRIOR = 1e-3
 FISHER_FLOOR = 1e-7  # of the largest weight: tokens that the text never makes likely keep a say
 
 
@@ -102,20 +104,17 @@ def token_metric(
     importance = (fisher / fisher.sum()).pow(FISHER_POWER)
     importance = (importance / importance.sum()).float()
 
-    seen = statistics.probability.to(device, torch.float32)
-    length = (CONTEXT_WEIGHT * seen / (seen + CONFIDENCE)).sqrt()
-    context = torch.empty(len(rows), rows.shape[1] + 1, device=device)
-    # Hidden states are whitened by the inverse of what whitens output vectors.
-    torch.mul(
-        (statistics.context.to(device, torch.float32) - mean.float()) @ unwhiten.T,
-        length[:, None],
-        out=context[:, :-1],
-    )
-    context[:, -1] = length
-
     whitened = torch.cat([rows @ whiten, offsets[:, None]], 1)
+    centre = importance @ whitened
+    # Hidden states are whitened by the inverse of what whitens output vectors.
+    context = (statistics.context.to(device, torch.float32) - mean.float()) @ unwhiten.T
+    expected = CONTEXT_SLOPE * (whitened - centre)[:, :-1]
+    seen = statistics.probability.to(device, torch.float32)[:, None]
+    context = (seen * context + CONTEXT_PRIOR * expected) / (seen + CONTEXT_PRIOR)
+    length = (CONTEXT_WEIGHT * seen / (seen + CONFIDENCE)).sqrt()
+    context = torch.cat([context, torch.ones_like(seen)], 1) * length
     if statistics.shift_invariant:
-        whitened -= importance @ whitened
+        whitened -= centre
     return TokenMetric(whitened, importance, context, unwhiten, mean.float())
 
 

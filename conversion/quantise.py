@@ -104,6 +104,7 @@ class Quantiser:
             seed=self.seed,
             progress=self.progress,
         )
+        self.details[method] = fit.details
         return self._head(size, statistics, fit)
 
     def distill(self, head: VQLogitsHead, steps: int) -> None:

@@ -89,7 +89,7 @@ def load_source(
             raise ConversionError("`gguf_file` needs a folder or hub name, not a loaded model.")
         model = model_or_path
         if dtype is not None:
-            model = model.to(_torch_dtype(dtype))
+            torch.nn.Module.to(model, _torch_dtype(dtype))
         name, files = model.config.name_or_path or type(model).__name__, {}
         refuse_unsupported(model.config)
     else:
@@ -99,7 +99,7 @@ def load_source(
         files = {} if gguf_file else dict(_carried_files(name))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device is not None:
-        model = model.to(device)
+        torch.nn.Module.to(model, device)
     model = _dequantised(model)
     _check_finite(model)
     source = Source(name, model.eval(), tokenizer, files)
@@ -141,8 +141,8 @@ def _load_model(
     if gguf_file is not None:
         # The weights are plain floats by now; with this entry `save_pretrained` would refuse.
         model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
-        model.is_quantized = False
+        for name, plain in (("hf_quantizer", None), ("is_quantized", False)):
+            setattr(model, name, plain)
     return model
 
 

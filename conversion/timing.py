@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,11 +52,9 @@ def logit_times(weight: Tensor, bias: Tensor | None, head: torch.nn.Module) -> d
     hidden = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(device)
     layers: dict[str, Callable[[], Tensor]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        h, w = hidden.to(dtype), weight.to(dtype)
-        b = None if bias is None else bias.to(dtype)
-        layers[f"dense_{str(dtype).removeprefix('torch.')}"] = lambda h=h, w=w, b=b: (
-            torch.nn.functional.linear(h, w, b)
-        )
-    own = hidden.to(next(head.parameters()).dtype)
-    layers["quantised"] = lambda: head(own)
+        own_bias = None if bias is None else bias.to(dtype)
+        tensors = (hidden.to(dtype), weight.to(dtype), own_bias)
+        name = f"dense_{str(dtype).removeprefix('torch.')}"
+        layers[name] = partial(torch.nn.functional.linear, *tensors)
+    layers["quantised"] = partial(head, hidden.to(next(head.parameters()).dtype))
     return paired_medians(layers, device)

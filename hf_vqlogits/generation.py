@@ -53,6 +53,7 @@ class VQLogitsGenerationMixin(GenerationMixin):
         attention_mask: Any = None,
         inputs_embeds: Any = None,
         is_first_iteration: bool | None = False,
+        cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one step of `generate`.
@@ -69,6 +70,9 @@ class VQLogitsGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        # Named in the signature because `generate` refuses arguments that it does not find there.
+        if cache_params is not None:
+            inputs["cache_params"] = cache_params
         state_space = self.model.cache_name == "cache_params"
         if state_space and kwargs.get("use_cache") and not is_first_iteration:
             inputs["attention_mask"] = None

@@ -96,8 +96,6 @@ class VQLogitsModel(VQLogitsPreTrainedModel):
     def __init__(self, config: VQLogitsConfig):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.text_config)
-        # One object for both: what is switched in it later (`use_cache`) must reach the backbone.
-        config.text_config = self.backbone.config
         parameters = inspect.signature(self.backbone.forward).parameters
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._arguments = frozenset(parameters)

@@ -116,7 +116,8 @@ def _new_index_codes(head: VQLogitsHead, count: int, generator: torch.Generator)
     columns = _columns(head)  # G, K, d + 1
     old = head.codes.cpu().long()
     books = range(head.num_codebooks)
-    mean = sum((columns[g, old[:, g]].mean(0) for g in books), torch.zeros(columns.shape[-1]))
+    used = torch.stack([old[:, g].bincount(minlength=head.codebook_size) for g in books])
+    mean = torch.einsum("gk,gkd->d", used / len(old), columns)
     drawn = torch.randint(0, len(old), (count, len(books)), generator=generator)
     new = old.gather(0, drawn)
     rest = mean - sum(columns[g, new[:, g]] for g in books)  # count, d + 1

@@ -119,6 +119,25 @@ def test_state_space_backbones_keep_the_name_of_their_cache(make_model, ids):
     assert generate(model, ids, return_dict_in_generate=True).past_key_values is not None
 
 
+def test_a_given_state_is_continued(make_model, ids):
+    model = make_model("mamba")
+    state = model(ids[:, :-1], use_cache=True).cache_params
+    continued = generate(model, ids[:, -1:], cache_params=state, max_new_tokens=8)
+    assert torch.equal(continued[:, 1:], generate(model, ids, max_new_tokens=8)[:, 7:])
+
+
+def test_masks_go_to_state_space_backbones_with_the_prompt_only(make_model, ids):
+    model, masks = make_model("mamba"), []
+    model.model.backbone.register_forward_pre_hook(
+        lambda _, __, kwargs: masks.append(kwargs.get("attention_mask") is not None),
+        with_kwargs=True,
+    )
+    mask = torch.ones_like(ids)  # `generate` itself drops masks that are 1 everywhere
+    mask[0, :2] = 0
+    model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert masks == [True, False, False]
+
+
 def test_state_space_backbones_refuse_assistance(make_model, ids):
     model = make_model("mamba")
     assert model._is_stateful

@@ -63,6 +63,7 @@ def test_saved_and_loaded(make_model, ids, tmp_path, family, head):
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is VQLogitsForCausalLM
     assert not any(info.values())
+    assert loaded.config.text_config is loaded.model.backbone.config
     before, after = model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n], after[n]) for n in before)

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from sign_problems import problem
 
 from hf_vqlogits.conversion.metric import token_metric
-from sign_problems import problem
 
 
 def test_whitened_rows_give_the_logits_up_to_a_constant():

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from sign_problems import random_metric
 
 from hf_vqlogits.conversion import sign_greedy
 from hf_vqlogits.conversion.sign_greedy import extend_greedily
-from sign_problems import random_metric
 
 
 def greedy(metric, bits, *, start=None, seed=0):

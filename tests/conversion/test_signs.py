@@ -2,12 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sign_problems import hidden_states, problem
 
 from hf_vqlogits.conversion import sign_codebook, sign_greedy
 from hf_vqlogits.conversion.calibration import weight_only_statistics
 from hf_vqlogits.conversion.signs import SignFitter, fit_signs
 from hf_vqlogits.ops import unpack_signs
-from sign_problems import hidden_states, problem
 
 
 def logits(fit, hidden):
@@ -91,14 +91,14 @@ def test_same_seed_gives_the_same_bytes_and_leaves_the_global_generator_alone():
 
 
 def test_tiles_and_blocks_of_large_layers_give_equal_quality(monkeypatch):
-    weight, bias, statistics = problem(vocab=300, size=24)
+    weight, bias, statistics = problem(vocab=2000, size=24)
     errors = []
-    for tile, block in ((10_000, 1), (64, 16)):
+    for tile, block in ((10_000, 1), (300, 16)):
         monkeypatch.setattr(sign_codebook, "TILE", tile)
         monkeypatch.setattr(sign_greedy, "BLOCK", block)
-        fit = fit_signs(weight, statistics, bias=bias, num_codebooks=48)
+        fit = fit_signs(weight, statistics, bias=bias, num_codebooks=32)
         errors.append(fit.details["error"])
-    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+    assert errors[1] < 1.05 * errors[0]
 
 
 @settings(max_examples=20, deadline=None)

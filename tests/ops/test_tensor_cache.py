@@ -84,6 +84,20 @@ def test_memory_that_is_used_again_is_another_tensor(cache):
         assert look_up(cache, torch.full((1000,), step)) == (1000 * step, True)
 
 
+def test_a_tensor_in_the_place_of_a_dead_one_is_told_apart(cache, monkeypatch):
+    monkeypatch.setattr(cache, "_forgetter", lambda place: None)
+    storage, key = torch.ones(4), "key"
+    tensor = storage.view(4)
+    look_up(cache, tensor, key)
+    dead = id(tensor)
+    del tensor
+    for _ in range(100):  # until Python uses the object's memory again
+        tensor = storage.view(4)
+        if id(tensor) == dead:
+            break
+    assert look_up(cache, tensor, key) == (4, True)
+
+
 def test_tensors_that_count_no_edits_are_told_apart():
     assert TensorCache.can_hold(torch.ones(1))
     with torch.inference_mode():

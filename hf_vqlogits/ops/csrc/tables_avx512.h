@@ -208,14 +208,14 @@ VQLOGITS_TARGET inline bool all_finite(const float* scores, int64_t count) {
   return largest < 0x7f800000u;
 }
 
-// Tables, scales and offset of one row of scores. A row with a score that is not finite, or with
-// sums beyond float32, becomes NaN as a whole.
+// Tables, scales and offset of one row of scores. A row with a score that is not finite becomes NaN
+// as a whole: which tokens it concerns, integers cannot say.
 VQLOGITS_TARGET inline void build_row(const Coding& coding, const Fields& fields,
                                       const float* scores, int16_t* entries, float* scales,
                                       float* offset) {
   float sums[kMaxSegmentFields][kEntries];
   double middles = 0.0;
-  bool finite = all_finite(scores, coding.scores_per_row());
+  const bool finite = all_finite(scores, coding.scores_per_row());
   for (int64_t segment = 0; segment < fields.segments; segment++) {
     const int64_t first = fields.segment_begin(segment) * kFieldsPerWord;
     const int64_t count = fields.segment_end(segment) * kFieldsPerWord - first;
@@ -226,7 +226,6 @@ VQLOGITS_TARGET inline void build_row(const Coding& coding, const Fields& fields
                            : index_sums(coding, fields, scores, first + f, sums[f], &middle);
       middles += middle;
     }
-    finite = finite && bound < FLT_MAX;
     // Scores that are all zero, or too small for a normal scale, give entries of zero and no NaN.
     const float scale = std::max(static_cast<float>(bound / (32700.0 - 0.5 * count)), FLT_MIN);
     scales[segment] = scale;
