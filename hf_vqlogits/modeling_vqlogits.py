@@ -96,15 +96,10 @@ class VQLogitsModel(VQLogitsPreTrainedModel):
     def __init__(self, config: VQLogitsConfig):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.text_config)
-        parameters = inspect.signature(self.backbone.forward).parameters
-        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._arguments = frozenset(parameters)
+        # Under which name the backbone takes and returns its cache.
+        state_space = "cache_params" in inspect.signature(self.backbone.forward).parameters
+        self.cache_name = "cache_params" if state_space else "past_key_values"
         self.post_init()
-
-    @property
-    def cache_name(self) -> str:
-        """Under which name the backbone takes and returns its cache."""
-        return "cache_params" if "cache_params" in self._arguments else "past_key_values"
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's input embedding."""
@@ -119,16 +114,12 @@ class VQLogitsModel(VQLogitsPreTrainedModel):
 
         Args:
             input_ids: token ids (batch, positions).
-            **kwargs: the backbone's own arguments. `position_ids` is dropped for backbones that
-                count positions themselves; None is not passed on.
+            **kwargs: the backbone's own arguments; None is not passed on.
 
         Returns:
             The backbone's output, with `last_hidden_state` (batch, positions, d).
         """
-        given = {k: v for k, v in kwargs.items() if v is not None}
-        if not self._takes_any and "position_ids" not in self._arguments:
-            given.pop("position_ids", None)
-        return self.backbone(input_ids, **given)
+        return self.backbone(input_ids, **{k: v for k, v in kwargs.items() if v is not None})
 
 
 class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):

@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from conftest import text_config
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from tiny import text_config
 from transformers import AutoConfig, GPT2Config, LlamaConfig, OPTConfig
 
 from hf_vqlogits import VQLogitsConfig

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import VOCABULARY, perturb, text_config
+from tiny import VOCABULARY, perturb, text_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -69,6 +69,7 @@ def test_a_scale_that_is_not_the_familys_is_refused(make_model, family, fields):
     config = text_config(family) if family == "gemma2" else scale_of(family)
     model = make_model(family, text_config=config, **fields)
     model.lm_head.codebook.data.mul_(1e-3)  # where a soft-cap would not show
+    nn.init.zeros_(model.lm_head.codebook_bias)
     state = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(ValueError, match="computes other logits from the same output layer"):
         model.to_dense()

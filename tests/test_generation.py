@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import VOCABULARY, perturb, text_config
+from tiny import VOCABULARY, perturb, text_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (

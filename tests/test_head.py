@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import dense_weight, perturb, reference_logits
+from tiny import dense_weight, perturb, reference_logits
 from torch import nn
 from torch.nn.functional import cross_entropy
 

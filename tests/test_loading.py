@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import text_config
 from safetensors.torch import load_file, save_file
+from tiny import text_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_vqlogits import VQLogitsForCausalLM

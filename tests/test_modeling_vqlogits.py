@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 import torch
-from conftest import VOCABULARY, perturb, reference_logits, text_config
 from safetensors import safe_open
+from tiny import VOCABULARY, perturb, reference_logits, text_config
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForCausalLM

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import perturb
+from tiny import perturb
 from torch import nn
 from transformers import AutoModelForCausalLM
 

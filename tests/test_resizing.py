@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCABULARY, dense_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import VOCABULARY, dense_weight
 from transformers import AutoModelForCausalLM
 
 from hf_vqlogits.resizing import resized_codes, resized_vocabulary

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCABULARY, perturb, text_config
+from tiny import VOCABULARY, perturb, text_config
 from transformers import MixtralForCausalLM
 
 from hf_vqlogits import VQLogitsConfig, VQLogitsForCausalLM, routing

@@ -71,10 +71,10 @@ def supports(path: str, scores: Tensor, codes: Tensor, code_type: str) -> bool:
 def expand(scores: Tensor, codes: Tensor, code_type: str, path: str) -> Tensor:
     """Logits (N, V) of scores (N, R) or (N, G, K), in their type, by one of the [`paths`].
 
-    Sums are taken in float32. `avx512` rounds every table to 16-bit integers of a scale that fits
-    each row and each segment of its codes; the error of a logit is at most half a scale per table
-    (derived in csrc/tables_avx512.h), in practice below 0.5% of the deviation of a row's logits. A
-    row with a score that is NaN or infinite becomes NaN as a whole there.
+    Sums are taken in float32. `avx512` rounds its tables to multiples of a scale, one for each row
+    and segment of the codes; a logit is off by at most half a scale per table (derived in
+    csrc/tables_avx512.h), with normal scores by about 0.1% and at most 0.5% of the deviation of a
+    row's logits. A row with a score that is NaN or infinite becomes NaN as a whole there.
 
     Raises:
         IndexError: an index code lies outside 0..K-1.

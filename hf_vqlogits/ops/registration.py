@@ -46,6 +46,7 @@ def expand(scores: Tensor, codes: Tensor, *, code_type: str) -> Tensor:
         TypeError: `scores` or `codes` has a type that the operation does not know.
         ValueError: shapes or devices do not go together, `code_type` is unknown, or the environment
             variable `VQLOGITS_BACKEND`, which forces a backend, is (see `backends.py`).
+        RuntimeError: that variable forces a kernel that is missing or does not know such tensors.
         IndexError: an index code lies outside 0..K-1 (by the compiled kernels; elsewhere whatever
             PyTorch's own indexing raises on the device).
     """

@@ -11,6 +11,11 @@ VOCAB = 400
 
 
 @pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _offline(monkeypatch):
     """No test may wait for a hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

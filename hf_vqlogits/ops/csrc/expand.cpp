@@ -15,8 +15,8 @@ using vqlogits::Coding;
 
 namespace {
 
-constexpr int32_t kInterface =
-    1;  // `_INTERFACE` in ops/cpu.py: raised with every change of this file's functions
+// `_INTERFACE` in ops/cpu.py; to be raised with every change of the functions below.
+constexpr int32_t kInterface = 1;
 constexpr int32_t kNoMemory = -1;
 
 // Below this many look-ups a loop is over before other threads have woken up.

@@ -12,9 +12,10 @@
 // middle of each table goes into the row's offset. 16-bit sums are modulo 2^16, so no partial sum
 // need fit, only the sum of a whole segment: with b the sum over its F tables of half their range,
 // scale = b / (32700 - F / 2) is enough for every code there can be. A look-up is off by at most
-// scale / 2, a logit by at most the sum over segments of F * scale / 2. Twice the segments halve
-// the error: 17 words (255 bits) a segment leave, at R = 1,000, a largest error of 0.4% of the
-// logits' standard deviation over 50,257 tokens, and cost 6% of the time.
+// scale / 2, a logit by at most the sum over segments of F * scale / 2. Segments of 9, 17, 34 and
+// all 67 words leave, at R = 1,000 and normal scores, an error of 0.04, 0.08, 0.16 and 0.32% of the
+// logits' standard deviation (the largest of 50,257 tokens and 24 rows: 0.2, 0.4, 0.8, 1.5%), and
+// 24 rows take 5.6, 5.2, 5.0 and 5.0 ms on one core.
 #pragma once
 
 #include <algorithm>
