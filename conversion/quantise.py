@@ -138,8 +138,8 @@ class Quantiser:
         def put(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device).contiguous()
 
-        head.codebook = nn.Parameter(put(fit.codebook.float()))
-        head.codebook_bias = nn.Parameter(put(fit.codebook_bias.float()))
+        head.codebook = nn.Parameter(put(fit.codebook.float() / head.score_scale))
+        head.codebook_bias = nn.Parameter(put(fit.codebook_bias.float() / head.score_scale))
         head.codes = put(fit.codes)
         head.hidden_mean = put(statistics.mean.float())
         head.fold_direction = put(statistics.fold_direction().float())

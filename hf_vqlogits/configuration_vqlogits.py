@@ -50,8 +50,6 @@ class VQLogitsConfig(PreTrainedConfig):
     }
     # The backbone brings its own plan; the default one names layers that this model has not.
     base_model_fsdp_plan = {}  # noqa: RUF012 - as above
-    # Trainer would otherwise gather the caches of state-space backbones with the predictions.
-    keys_to_ignore_at_inference = ["past_key_values", "cache_params"]  # noqa: RUF012 - as above
 
     text_config: PreTrainedConfig | dict[str, Any] | None = None
     code_type: str = "sign"

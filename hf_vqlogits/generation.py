@@ -17,21 +17,8 @@ class VQLogitsGenerationMixin(GenerationMixin):
     `type: ignore` of the calls to it.
     """
 
+    config: Any
     model: Any
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        # `generate` names the cache by the class name, which here does not tell the backbone.
-        name = self.model.cache_name
-        if name in model_kwargs and name != "past_key_values":
-            model_kwargs["past_key_values"] = model_kwargs.pop(name)
-        result = super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, *args, **kwargs
-        )
-        if "past_key_values" in model_kwargs:
-            model_kwargs[name] = model_kwargs.pop("past_key_values")
-        return result
 
     def create_masks_for_generate(self, config: VQLogitsConfig, **kwargs: Any) -> Any:
         """Attention masks of `generate` with a static cache: those of the backbone's family.
@@ -49,31 +36,49 @@ class VQLogitsGenerationMixin(GenerationMixin):
         self,
         input_ids: Any,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Any = None,
         inputs_embeds: Any = None,
         is_first_iteration: bool | None = False,
-        cache_params: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one step of `generate`.
 
         State-space backbones take an attention mask with the prompt only: later it would have
-        another length than their one-token input.
+        another length than their one-token input. Where a text outgrows the short rotation of its
+        positions, it goes in as a whole once more, without the cache.
         """
+        # The methods of families cannot be asked, as masks are above: they call those of their own
+        # base classes, which this is no instance of.
+        if self._is_outgrown(cache, input_ids.shape[1]):
+            cache, next_sequence_length = None, None
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        # Named in the signature because `generate` refuses arguments that it does not find there.
-        if cache_params is not None:
-            inputs["cache_params"] = cache_params
-        state_space = self.model.cache_name == "cache_params"
-        if state_space and kwargs.get("use_cache") and not is_first_iteration:
+        state_space = cache is not None and all(cache.is_linear)
+        if state_space and not is_first_iteration:
             inputs["attention_mask"] = None
         return inputs
+
+    def _is_outgrown(self, cache: Cache | None, length: int) -> bool:
+        """Whether a text of this length is rotated otherwise than the keys in its cache were.
+
+        With `longrope` scaling, from a certain length on every position is rotated by other
+        angles. Some families (Phi-3) begin again there, and say so in the class that stands in this
+        one's place; others go on with the old keys, and so they do here.
+        """
+        backbone = self.config.get_text_config()
+        limit = getattr(backbone, "original_max_position_embeddings", None)
+        rotation = getattr(backbone, "rope_parameters", None) or {}
+        if cache is None or limit is None or rotation.get("rope_type") != "longrope":
+            return False
+        family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(backbone), None)
+        general = GenerationMixin.prepare_inputs_for_generation
+        begins_again = getattr(family, "prepare_inputs_for_generation", general) is not general
+        return begins_again and length > limit and 0 < cache.get_seq_length() <= limit

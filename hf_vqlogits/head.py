@@ -9,9 +9,13 @@ names, without a multiplication per token:
     index codes   logits[n, v] = sum_g scores[n, g, codes[v, g]]
     sign codes    logits[n, v] = sum_r s[v, r] scores[n, r],  s = +1 or -1
 
-with scores = hidden . codebook + codebook_bias. G = 1 is the VQ-Logits paper's layer.
+with scores = score_scale (hidden . codebook + codebook_bias) and score_scale about 1 / G (1 / R):
+a token's output vector is the mean of the codewords that its code names. Were it their sum, a step
+of Adam, which moves every codeword by the learning rate, would move it up to G (R) times as far as
+a row of a dense layer. G = 1 is the VQ-Logits paper's layer.
 """
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +23,11 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops import eager
+
+
+def score_scale(num_codebooks: int) -> float:
+    """The power of two nearest to one over the number of terms of a logit, G or R."""
+    return 2.0 ** -round(math.log2(num_codebooks))
 
 
 class HeadConfig(Protocol):
@@ -50,6 +59,8 @@ class VQLogitsHead(nn.Module):
     Attributes:
         codebook: parameter, sign codes (R, d), index codes (G, K, d).
         codebook_bias: parameter, sign codes (R,), index codes (G, K).
+        score_scale: the power of two nearest to 1 / G (1 / R for sign codes), by which scores are
+            multiplied; a power of two, so that it costs no digit in any floating type.
         codes: buffer, sign codes uint8 (V, ceil(R / 8)), bit r of a token in bit r % 8 of byte
             r // 8, 1 meaning +1; index codes (V, G), uint8 up to K = 256, else int32.
         hidden_mean: buffer (d,), mean hidden state of the calibration text, zero without one.
@@ -76,6 +87,7 @@ class VQLogitsHead(nn.Module):
         self.code_type = config.code_type
         self.num_codebooks = config.num_codebooks
         self.codebook_size = config.codebook_size
+        self.score_scale = score_scale(config.num_codebooks)
         self.in_features = config.hidden_size
         self.logit_scale = config.logit_scale
         self.final_logit_softcapping = config.final_logit_softcapping
@@ -106,13 +118,14 @@ class VQLogitsHead(nn.Module):
         of a dense layer initialised at 0.02.
         """
         terms, shape, device = self.num_codebooks, tuple(self.codes.shape), torch.device("cpu")
+        deviation = 0.02 / (self.score_scale * terms**0.5)
         if self.code_type == "sign":
             codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
             codes[:, -1] &= 255 >> (-terms % 8)  # padding bits are 0
         else:
             codes = torch.randint(0, self.codebook_size, shape, device=device)
         return {
-            "codebook": torch.randn(self.codebook.shape, device=device) * (0.02 / terms**0.5),
+            "codebook": torch.randn(self.codebook.shape, device=device) * deviation,
             "codebook_bias": torch.zeros(self.codebook_bias.shape, device=device),
             "codes": codes.to(self.codes.dtype),
             "hidden_mean": torch.zeros(self.in_features, device=device),
@@ -129,10 +142,7 @@ class VQLogitsHead(nn.Module):
 
     def scores(self, hidden_states: Tensor) -> Tensor:
         """Scores of the codewords: (N, d) -> (N, R) for sign codes, (N, G, K) for index codes."""
-        flat = nn.functional.linear(
-            hidden_states, self.codebook.flatten(0, -2), self.codebook_bias.flatten()
-        )
-        return flat.view(-1, *self.codebook_bias.shape)
+        return ops.scores(hidden_states, self.codebook, self.codebook_bias, scale=self.score_scale)
 
     def forward(
         self,
@@ -184,6 +194,7 @@ class VQLogitsHead(nn.Module):
             codebook_bias=self.codebook_bias,
             codes=self.codes,
             code_type=self.code_type,
+            score_scale=self.score_scale,
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
@@ -210,7 +221,7 @@ class VQLogitsHead(nn.Module):
             sums of R terms would lose digits in half precision.
         """
         columns = torch.cat([self.codebook, self.codebook_bias.unsqueeze(-1)], -1)
-        columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
+        columns = self.score_scale * columns.to(torch.promote_types(columns.dtype, torch.float32))
         # Codewords times codes is `expand` with the columns of the codebook as rows of scores; the
         # compiled kernels round to 16 bits what is to be exact here.
         dense = eager.expand(columns.movedim(-1, 0), self.codes, self.code_type)

@@ -1,6 +1,5 @@
 """Causal language models with a vector-quantised output layer, for any decoder of Transformers."""
 
-import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,6 @@ from .loading import (
 from .resizing import resized_codes, resized_vocabulary
 from .routing import router_loss
 
-CACHES = ["past_key_values", "cache_params"]
 HEAD_KEYS = [r"^lm_head\."]
 
 
@@ -40,16 +38,14 @@ class VQLogitsCausalLMOutput(CausalLMOutputWithPast):
     Args:
         loss (`torch.Tensor` of shape `(1,)`, *optional*): cross-entropy in nats, with labels.
         logits (`torch.Tensor` of shape `(batch, positions, V)`, *optional*): None when skipped.
-        past_key_values (`Cache`, *optional*): the backbone's cache.
+        cache (`Cache`, *optional*): the backbone's cache.
         hidden_states (tuple, *optional*): of the backbone.
         attentions (tuple, *optional*): of the backbone.
-        cache_params (`Cache`, *optional*): the cache of state-space backbones, under their name.
         router_logits (tuple, *optional*): of mixture-of-experts backbones.
         aux_loss (`torch.Tensor`, *optional*): their load-balancing loss, with labels and
             `output_router_logits`; `loss` contains it times the family's factor.
     """
 
-    cache_params: Cache | None = None
     router_logits: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
 
@@ -66,7 +62,6 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = CACHES
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -96,9 +91,6 @@ class VQLogitsModel(VQLogitsPreTrainedModel):
     def __init__(self, config: VQLogitsConfig):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.text_config)
-        # Under which name the backbone takes and returns its cache.
-        state_space = "cache_params" in inspect.signature(self.backbone.forward).parameters
-        self.cache_name = "cache_params" if state_space else "past_key_values"
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -196,7 +188,7 @@ class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -210,7 +202,7 @@ class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
             input_ids: token ids (batch, positions).
             attention_mask: (batch, positions), or what the backbone takes.
             position_ids: (batch, positions).
-            past_key_values: the backbone's cache; state-space backbones call it `cache_params`.
+            cache: the backbone's cache.
             inputs_embeds: (batch, positions, d) instead of `input_ids`.
             labels: (batch, positions), not shifted; -100 does not count. They always refer to all
                 positions, whatever `logits_to_keep` says.
@@ -244,7 +236,7 @@ class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
@@ -260,10 +252,9 @@ class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
         return VQLogitsCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.get("past_key_values"),
+            cache=outputs.get("cache"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
-            cache_params=outputs.get("cache_params"),
             router_logits=outputs.get("router_logits"),
             aux_loss=aux_loss,
         )

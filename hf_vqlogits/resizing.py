@@ -80,7 +80,8 @@ def _columns(head: VQLogitsHead) -> Tensor:
     mean = head.hidden_mean.float().cpu()
     at_mean = codebook @ mean + head.codebook_bias.detach().float().cpu()
     norm = mean.norm() / head.in_features**0.5
-    return torch.cat([codebook * (norm if norm > 0 else 1.0), at_mean.unsqueeze(-1)], -1)
+    columns = torch.cat([codebook * (norm if norm > 0 else 1.0), at_mean.unsqueeze(-1)], -1)
+    return head.score_scale * columns
 
 
 def _new_sign_codes(head: VQLogitsHead, count: int, generator: torch.Generator) -> Tensor:

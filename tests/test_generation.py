@@ -9,6 +9,7 @@ from transformers import (
     BloomForCausalLM,
     CompileConfig,
     PreTrainedTokenizerFast,
+    StaticCache,
     pipeline,
 )
 
@@ -103,26 +104,52 @@ def test_prompt_lookup_gives_the_same_tokens(make_model, ids):
     assert torch.equal(looked_up, generate(model, prompt))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "begins_again"), [(7, True), (20, False)], ids=["short prompt", "long prompt"]
+)
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_a_text_that_outgrows_the_short_rotation_goes_in_once_more(
+    make_model, prompt, begins_again, implementation
+):
+    rotation = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 8.0, 32.0, 128.0],
+    }
+    fields = {"rope_parameters": rotation, "original_max_position_embeddings": 16}
+    model, lengths = make_model("phi3", text_config=text_config("phi3", **fields)), []
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].shape[1])
+    )
+    ids = torch.randint(3, VOCABULARY, (2, prompt), generator=torch.Generator().manual_seed(7))
+    found = generate(model, ids, cache_implementation=implementation, return_dict_in_generate=True)
+    assert lengths == [prompt, *[1] * 9, 17 if begins_again else 1, 1]
+    assert torch.equal(found.sequences, generate(model, ids, use_cache=False))
+    kept = implementation == "static" and not begins_again
+    assert isinstance(found.cache, StaticCache) == kept
+
+
 # State-space backbones
 
 
-def test_state_space_backbones_keep_the_name_of_their_cache(make_model, ids):
+def test_the_state_of_a_state_space_backbone_is_returned(make_model, ids):
     model = make_model("mamba")
     outputs = model(ids, use_cache=True)
-    assert outputs.past_key_values is None
-    assert outputs.cache_params is not None
+    assert all(outputs.cache.is_linear)
     # The prompt's state continues as if the whole text had been given.
     following = torch.tensor([[5], [9]])
-    step = model(following, cache_params=outputs.cache_params, use_cache=True).logits
+    step = model(following, cache=outputs.cache, use_cache=True).logits
     whole = model(torch.cat([ids, following], 1)).logits[:, -1:]
     torch.testing.assert_close(step, whole, atol=2e-2, rtol=1e-2)
-    assert generate(model, ids, return_dict_in_generate=True).past_key_values is not None
+    assert generate(model, ids, return_dict_in_generate=True).cache is not None
 
 
 def test_a_given_state_is_continued(make_model, ids):
     model = make_model("mamba")
-    state = model(ids[:, :-1], use_cache=True).cache_params
-    continued = generate(model, ids[:, -1:], cache_params=state, max_new_tokens=8)
+    state = model(ids[:, :-1], use_cache=True).cache
+    continued = generate(model, ids[:, -1:], cache=state, max_new_tokens=8)
     assert torch.equal(continued[:, 1:], generate(model, ids, max_new_tokens=8)[:, 7:])
 
 

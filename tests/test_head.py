@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_dense_layer(name, with_labels, hidden):
     given = torch.autograd.grad(loss, [rows, head.codebook, head.codebook_bias])
 
     codebook, bias = (p.detach().requires_grad_() for p in (head.codebook, head.codebook_bias))
-    columns = torch.cat([codebook, bias[..., None]], -1)
+    columns = torch.cat([codebook, bias[..., None]], -1) * head.score_scale
     if head.code_type == "sign":
         powers = torch.arange(head.num_codebooks)
         bits = (head.codes[:, powers // 8] >> (powers % 8)) & 1

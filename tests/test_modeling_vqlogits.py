@@ -226,10 +226,10 @@ def test_outputs_asked_for_in_the_configuration(make_model, ids):
 
 def test_switching_the_cache_off_reaches_the_backbone(make_model, ids):
     model = make_model("gpt2")
-    assert model(ids).past_key_values is not None
+    assert model(ids).cache is not None
     model.config.use_cache = False
-    assert model(ids).past_key_values is None
-    assert model(ids, use_cache=True).past_key_values is not None
+    assert model(ids).cache is None
+    assert model(ids, use_cache=True).cache is not None
 
 
 def test_input_embeddings_may_be_given(make_model, ids):

@@ -46,8 +46,10 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     for head in (m for m in model.modules() if isinstance(m, VQLogitsHead)):
         # Logits that differ by several nats: ties and rounding must not decide what is generated.
-        head.codebook.normal_(generator=generator).div_(head.num_codebooks**0.5)
-        for tensor in (head.codebook_bias, head.hidden_mean, head.fold_direction):
+        head.codebook.normal_(generator=generator)
+        head.codebook.div_(head.score_scale * head.num_codebooks**0.5)
+        head.codebook_bias.normal_(0, 0.1 / head.score_scale, generator=generator)
+        for tensor in (head.hidden_mean, head.fold_direction):
             tensor.normal_(0, 0.1, generator=generator)
 
 
@@ -56,6 +58,7 @@ def dense_weight(head: VQLogitsHead) -> tuple[Tensor, Tensor]:
     codes = head.codes.cpu().numpy()
     codebook = head.codebook.detach().double().cpu()
     columns = torch.cat([codebook, head.codebook_bias.detach().double().cpu()[..., None]], -1)
+    columns = columns * head.score_scale
     if head.code_type == "sign":
         bits = np.unpackbits(codes, axis=1, count=head.num_codebooks, bitorder="little")
         dense = torch.from_numpy(bits * 2.0 - 1.0) @ columns

@@ -5,7 +5,7 @@ PyTorch, `backends.py` chooses who computes them: `eager.py`, `matmul.py` or the
 """
 
 from .cross_entropy import linear_cross_entropy
-from .eager import pack_signs, unpack_signs
+from .eager import pack_signs, scores, unpack_signs
 from .registration import expand
 
-__all__ = ["expand", "linear_cross_entropy", "pack_signs", "unpack_signs"]
+__all__ = ["expand", "linear_cross_entropy", "pack_signs", "scores", "unpack_signs"]

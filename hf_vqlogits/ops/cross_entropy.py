@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from . import eager
 from .registration import (
@@ -48,6 +47,7 @@ def linear_cross_entropy(
     codebook_bias: Tensor,
     codes: Tensor,
     code_type: str,
+    score_scale: float = 1.0,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -58,7 +58,7 @@ def linear_cross_entropy(
     """Cross-entropy between the logits of a vector-quantised output layer and labels.
 
     Equivalent to `cross_entropy(softcap(logit_scale * expand(scores, codes)), labels)` with
-    `scores = linear(hidden, codebook, codebook_bias)`, in a memory of O(N R + chunk_size V).
+    `scores = score_scale * linear(hidden, codebook, codebook_bias)`, in a memory of O(N R + chunk_size V).
     Differentiable once, in `hidden`, `codebook` and `codebook_bias`.
 
     Args:
@@ -68,6 +68,7 @@ def linear_cross_entropy(
         codebook_bias: (R,) or (G, K).
         codes: sign codes uint8 (V, ceil(R / 8)); index codes (V, G), uint8 or int32.
         code_type: `"sign"` or `"index"`.
+        score_scale: factor on every score.
         ignore_index: label of rows that count neither in the loss nor in its mean.
         reduction: `"mean"` over the rows that count, `"sum"` or `"none"`.
         label_smoothing: as in `torch.nn.functional.cross_entropy`, from 0 to 1.
@@ -87,8 +88,7 @@ def linear_cross_entropy(
     """
     _check_tensors(hidden, labels, codebook, codebook_bias)
     _check_options(reduction, label_smoothing, final_logit_softcapping, chunk_size)
-    flat = functional.linear(hidden, codebook.flatten(0, -2), codebook_bias.flatten())
-    scores = flat.view(-1, *codebook_bias.shape)  # (N, R) or (N, G, K)
+    scores = eager.scores(hidden, codebook, codebook_bias, scale=score_scale)
     losses, _ = torch.ops.vqlogits.cross_entropy.default(
         scores,
         codes,

@@ -5,6 +5,8 @@ Letters: N rows, V vocabulary, G codebooks (R for sign codes), K codewords.
     sign codes    logits[n, v] = sum_r s[v, r] * scores[n, r],  s[v, r] = +1 or -1
     index codes   logits[n, v] = sum_g scores[n, g, codes[v, g]]
 
+with scores = scale (hidden . codebook + codebook_bias), the one product with hidden states.
+
 Bit r of token v is `(codes[v, r // 8] >> (r % 8)) & 1`; 1 stands for +1, and bits above R are 0.
 Everything here works on any device and in any floating-point type; sums of bfloat16 and float16
 scores are taken in float32 and rounded once.
@@ -78,6 +80,25 @@ def unpack_signs(
     # passes over it.
     signs = _signs_of_bytes(dtype, codes.device).index_select(0, codes.flatten().int())
     return signs.view(*codes.shape[:-1], 8 * width)[..., :num_codebooks]
+
+
+def scores(hidden: Tensor, codebook: Tensor, codebook_bias: Tensor, *, scale: float) -> Tensor:
+    """Scores of the codewords: `scale * linear(hidden, codebook, codebook_bias)`.
+
+    Scaled within the product, before it is rounded: unscaled, float16 could overflow.
+
+    Args:
+        hidden: (N, d).
+        codebook: (R, d), or (G, K, d).
+        codebook_bias: (R,), or (G, K).
+        scale: factor on every score.
+
+    Returns:
+        (N, R), or (N, G, K).
+    """
+    words = codebook.flatten(0, -2).T
+    flat = torch.addmm(codebook_bias.flatten(), hidden, words, beta=scale, alpha=scale)
+    return flat.view(-1, *codebook_bias.shape)
 
 
 def expand(scores: Tensor, codes: Tensor, code_type: str) -> Tensor:

@@ -57,16 +57,51 @@ def test_lossless_conversion_generates_and_survives_saving(family, tied, tmp_pat
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
-def test_state_space_families_keep_cache_name_and_flags(family):
+def test_state_space_families_keep_cache_and_flags(family):
     original = tiny_model(family)
     model = lossless(original)
     ids = torch.randint(3, 90, (1, 5))
-    output = model(ids, use_cache=True)
-    assert output.cache_params is not None
-    assert output.past_key_values is None
+    cache, wanted = model(ids, use_cache=True).cache, original(ids, use_cache=True).cache
+    assert cache.is_linear == wanted.is_linear
+    assert all(cache.is_linear)
     assert model._is_stateful == original._is_stateful
     with pytest.raises(ValueError, match="stateful"):
         model.generate(ids, assistant_model=model, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("family", "scales", "begins_again"),
+    [
+        ("phi3", {}, True),
+        ("phimoe", {"short_mscale": 1.0, "long_mscale": 3.0}, True),
+        ("llama", {}, False),
+    ],
+)
+def test_text_outgrowing_the_short_rotation_goes_on_as_in_the_original(
+    family, scales, begins_again
+):
+    rotation = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 8.0, 32.0, 128.0],
+        **scales,
+    }
+    original = tiny_model(
+        family, rope_parameters=rotation, original_max_position_embeddings=16, num_hidden_layers=3
+    )
+    ids = torch.randint(3, 96, (4, 9))
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    wanted = original.generate(ids, **options)
+    model, lengths = lossless(original), []
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].shape[1])
+    )
+    assert torch.equal(model.generate(ids, **options), wanted)
+    assert lengths == [9, *[1] * 7, 17 if begins_again else 1, *[1] * 11]
+    if begins_again:  # otherwise keys rotated both ways stay in the cache
+        assert torch.equal(model.generate(ids, use_cache=False, **options), wanted)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ FAMILIES = {
     "gemma3_text": ("Gemma3TextConfig", {}),
     "phi": ("PhiConfig", {}),
     "phi3": ("Phi3Config", {}),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 4}),
     "granite": ("GraniteConfig", {"logits_scaling": 8.0}),
     "cohere": ("CohereConfig", {"logit_scale": 0.0625}),
     "cohere2": ("Cohere2Config", {"logit_scale": 0.0625}),

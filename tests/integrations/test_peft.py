@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_vqlogits import VQLogitsForCausalLM
 from hf_vqlogits.integrations.peft import lora_config
@@ -116,6 +118,10 @@ def test_head_may_move_to_codes_of_its_own(base, ids, tmp_path):
         assert torch.equal(logits(loaded, ids), logits(load(base), ids))
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"this Transformers takes adapters only from PEFT {MIN_PEFT_VERSION} on",
+)
 def test_adapters_of_transformers(base, ids, tmp_path):
     """`model.add_adapter` and `load_adapter`, without a PeftModel around the model."""
     model = load(base)

@@ -43,6 +43,22 @@ def test_packing_inverts_unpacking(vocabulary, num_codebooks, seed):
     assert torch.equal(ops.pack_signs(signs), codes)
 
 
+@pytest.mark.parametrize("shape", [(5,), (3, 4)], ids=["sign", "index"])
+def test_scores_are_a_scaled_linear_layer(shape):
+    generator = torch.Generator().manual_seed(0)
+    hidden, codebook = (torch.randn(s, generator=generator) for s in ((7, 6), (*shape, 6)))
+    bias = torch.randn(shape, generator=generator)
+    wanted = torch.einsum("nd,...d->n...", hidden.double(), codebook.double()) + bias
+    given = ops.scores(hidden, codebook, bias, scale=0.25)
+    torch.testing.assert_close(given.double(), 0.25 * wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_scores_are_scaled_before_they_are_rounded():
+    hidden, codebook = torch.full((1, 4), 200.0).half(), torch.full((2, 4), 200.0).half()
+    scores = ops.scores(hidden, codebook, torch.zeros(2).half(), scale=2.0**-10)
+    assert scores.tolist() == [[156.25, 156.25]]  # unscaled 160,000, beyond float16
+
+
 def test_bits_are_little_endian_and_padding_is_zero():
     signs = torch.tensor([[1, -1, -1, -1, -1, -1, -1, -1, -1, 1], [1] * 10])
     assert ops.pack_signs(signs).tolist() == [[1, 2], [255, 3]]
