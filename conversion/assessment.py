@@ -104,7 +104,9 @@ def assess(
         model=model,
     )
     if size.code_type == "index" and size.num_codebooks == 1:
-        report.perplexity_bound = perplexity_bound(head.codes, corpus.evaluation[:, 1:])
+        report.perplexity_bound = perplexity_bound(
+            head.codes, corpus.evaluation[:, 1 + corpus.unscored :]
+        )
     report.ladder = [
         _rung(s, h, scores, rung_times[s][QUANTISED], dense_parameters) for s, h in rungs.items()
     ]
@@ -117,8 +119,12 @@ def _scores(
     parts = quantiser.parts
     dtype = parts.weight.dtype
     heads = {QUANTISED: head, **{str(s): h for s, h in rungs.items()}}
+    corpus = quantiser.corpus
     batches = hidden_states(
-        parts.backbone, quantiser.corpus.evaluation, progress=quantiser.progress("evaluating")
+        parts.backbone,
+        corpus.evaluation,
+        skip=corpus.unscored,
+        progress=quantiser.progress("evaluating"),
     )
 
     def in_own_type(layer: Logits) -> Logits:

@@ -7,8 +7,17 @@ import torch
 from torch import Tensor
 
 from .errors import ConversionError
+from .hub import offline_unless_answered
 from .source import Source
-from .text import WIKITEXT, blocks, load_text, sample_token_ids, split_lines, tokenize
+from .text import (
+    WIKITEXT,
+    blocks,
+    load_text,
+    prefix_ids,
+    sample_token_ids,
+    split_lines,
+    tokenize,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +39,8 @@ class Corpus:
         calibration_source: what the user would call it.
         evaluation_source: likewise.
         notes: what the user should know about the choice.
+        unscored: first labels of each evaluation row that are no text: the rest of a prefix of
+            several tokens, and the random token that starts a row the model wrote.
     """
 
     calibration: Tensor
@@ -37,6 +48,7 @@ class Corpus:
     calibration_source: str
     evaluation_source: str
     notes: list[str]
+    unscored: int = 0
 
     @property
     def context(self) -> int:
@@ -68,24 +80,28 @@ def prepare_corpus(
     """
     context = min([CONTEXT, *(getattr(source.model.config, n, None) or CONTEXT for n in LIMITS)])
     notes: list[str] = []
+    prefix = [] if source.tokenizer is None else prefix_ids(source.tokenizer)
+    unscored = max(0, len(prefix) - 1)
     text = None
     if calibration_data != SELF:
         text = _calibration_text(source, calibration_data, notes)
     held_text = None if eval_data is None else load_text(eval_data)
     if text is None:
         calibration, evaluation = _own_text(
-            source, min(calibration_tokens, SELF_TOKENS), context, seed, show_progress
+            source, min(calibration_tokens, SELF_TOKENS), context, prefix, seed, show_progress
         )
         name = "text written by the model itself"
     else:
         name = calibration_data or WIKITEXT
         if held_text is None:
             text, held_text = split_lines(text, 1 - HELD_OUT)
-        calibration = _read(source, text, calibration_tokens, context, name)
+        calibration = _read(source, text, calibration_tokens, context, prefix, name)
     evaluation_name = eval_data or f"a held-out fifth of {name}"
     if held_text is not None:
-        evaluation = _read(source, held_text, EVALUATION_TOKENS, context, evaluation_name)
-    return Corpus(calibration, evaluation, name, evaluation_name, notes)
+        evaluation = _read(source, held_text, EVALUATION_TOKENS, context, prefix, evaluation_name)
+    else:
+        unscored = len(prefix)
+    return Corpus(calibration, evaluation, name, evaluation_name, notes, unscored)
 
 
 def _calibration_text(source: Source, wanted: str | None, notes: list[str]) -> str | None:
@@ -96,7 +112,8 @@ def _calibration_text(source: Source, wanted: str | None, notes: list[str]) -> s
         notes.append("there is no tokenizer, so the model wrote its own calibration text")
         return None
     try:
-        return load_text(WIKITEXT)
+        with offline_unless_answered(WIKITEXT.split(":")[0]):
+            return load_text(WIKITEXT)
     except ConversionError as error:
         logger.warning("%s The model writes its own calibration text instead.", error)
         notes.append(
@@ -106,27 +123,29 @@ def _calibration_text(source: Source, wanted: str | None, notes: list[str]) -> s
         return None
 
 
-def _read(source: Source, text: str, tokens: int, context: int, name: str) -> Tensor:
+def _read(
+    source: Source, text: str, tokens: int, context: int, prefix: list[int], name: str
+) -> Tensor:
     if source.tokenizer is None:
         raise ConversionError(
             f"{source.name!r} has no tokenizer to read {name!r} with; give `tokenizer`, or "
             "`calibration_data` 'self'."
         )
     ids = tokenize(text, source.tokenizer, tokens)
-    if len(ids) < context + 1:
-        raise ConversionError(
-            f"{name} has {len(ids):,} tokens, but at least {context + 1:,} (one context) are "
-            "needed; give more text."
-        )
-    return blocks(ids, context)
+    return blocks(ids, context, prefix=prefix, name=name)
 
 
 def _own_text(
-    source: Source, tokens: int, context: int, seed: int, show_progress: bool
+    source: Source, tokens: int, context: int, prefix: list[int], seed: int, show_progress: bool
 ) -> tuple[Tensor, Tensor]:
     """Calibration and evaluation rows that the model wrote."""
     rows = sample_token_ids(
-        source.model, tokens=tokens, context=context, seed=seed, progress=show_progress
+        source.model,
+        tokens=tokens,
+        context=context,
+        prefix=prefix,
+        seed=seed,
+        progress=show_progress,
     )
     held = max(1, int(len(rows) * HELD_OUT))
     if len(rows) < 2:

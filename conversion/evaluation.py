@@ -1,7 +1,7 @@
 """Perplexity of a causal language model on a text of any length."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,7 @@ def perplexity(
     *,
     context: int,
     stride: int | None = None,
+    prefix: Sequence[int] = (),
     batch_size: int = 4,
     keep_greedy: bool = False,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
@@ -61,13 +62,14 @@ def perplexity(
     A window begins every `stride` tokens and scores what the windows before it have not, so from
     the second window on each token is predicted from at least `context - stride` tokens (the
     sliding window of Transformers' guide "Perplexity of fixed-length models"). The last window is
-    moved back to be as long as the others.
+    moved back to be as long as the others. A prefix begins every window, and is never scored.
 
     Args:
         model: any causal language model; its training mode is left as it was.
         input_ids: (tokens,).
-        context: positions of a window, at most what the model takes.
-        stride: default `context`: windows side by side.
+        context: positions of a window, at most what the model takes; a prefix takes some of them.
+        stride: default `context`, less the length of a prefix: windows side by side.
+        prefix: p tokens that the tokenizer puts before every text, from [`text.prefix_ids`].
         batch_size: windows at a time. The model's logits of a batch, batch_size x context x V, are
             all the memory that is used; nothing grows with the text.
         keep_greedy: also return the most likely tokens, to compare two models.
@@ -79,11 +81,13 @@ def perplexity(
     Raises:
         ValueError: fewer than two tokens, or `context`, `stride` or `batch_size` out of range.
     """
-    stride = context if stride is None else stride
-    if not 1 <= stride <= context or batch_size < 1:
+    room = context - len(prefix)  # positions for text
+    stride = room if stride is None else stride
+    if not 1 <= stride <= room or batch_size < 1:
         raise ValueError(
-            f"`context` and `batch_size` must be at least 1 and `stride` between 1 and `context`, "
-            f"else tokens go unscored; got {context}, {batch_size} and {stride}."
+            f"`context` and `batch_size` must be at least 1 and `stride` between 1 and `context` "
+            f"(less a prefix of {len(prefix)}), else tokens go unscored; got {context}, "
+            f"{batch_size} and {stride}."
         )
     if input_ids.dim() != 1 or len(input_ids) < 2:
         raise ValueError(
@@ -91,18 +95,20 @@ def perplexity(
             f"shape {tuple(input_ids.shape)}."
         )
     labels = len(input_ids) - 1
-    length = min(context, labels)
+    length = min(room, labels)
     starts = torch.tensor([*range(0, labels - length, stride), labels - length])
     ends = starts + length
     new = ends.diff(prepend=torch.tensor([0]))  # labels of each window not scored before
     offsets = torch.arange(length + 1)
+    first = input_ids.new_tensor(prefix)
     nats, greedy = 0.0, []
     was_training = model.training
     model.eval()
     try:
         for batch in progress(torch.arange(len(starts)).split(batch_size)):
-            windows = input_ids[starts[batch, None] + offsets].to(model.device)  # (B, length + 1)
-            logits = model(windows[:, :-1], use_cache=False).logits  # (B, length, V)
+            windows = input_ids[starts[batch, None] + offsets]  # (B, length + 1)
+            windows = torch.cat([first.expand(len(batch), -1), windows], 1).to(model.device)
+            logits = model(windows[:, :-1], use_cache=False).logits  # (B, p + length, V)
             for rows, ids, count in zip(logits, windows, new[batch].tolist(), strict=True):
                 best, loss = _score(rows[-count:], ids[-count:], keep_greedy)
                 nats += loss

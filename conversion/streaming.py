@@ -14,6 +14,7 @@ def hidden_states(
     backbone: PreTrainedModel,
     blocks: Tensor,
     *,
+    skip: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Hidden states and the tokens that follow them, a few thousand positions at a time.
@@ -21,6 +22,7 @@ def hidden_states(
     Args:
         backbone: returns `last_hidden_state` (rows, context, d).
         blocks: token ids (rows, context + 1); each row is a context of its own.
+        skip: first positions of each row to leave out; the others still see them.
         progress: wraps the iteration over batches, tqdm for example.
 
     Yields:
@@ -32,4 +34,4 @@ def hidden_states(
     for start in progress(range(0, len(blocks), rows)):
         batch = blocks[start : start + rows].to(device)
         hidden = backbone(batch[:, :-1], use_cache=False).last_hidden_state
-        yield hidden.float().flatten(0, 1), batch[:, 1:].flatten()
+        yield hidden[:, skip:].float().flatten(0, 1), batch[:, 1 + skip :].flatten()

@@ -4,7 +4,7 @@ import gzip
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -237,28 +237,60 @@ def _cut(text: str) -> int:
     return text.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS
 
 
-def blocks(ids: Tensor, context: int) -> Tensor:
-    """Cut token ids into contexts side by side; row i is ids[i * context : (i + 1) * context + 1].
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special tokens that a tokenizer puts before every text by default, `<bos>` for example.
 
-    Every token but the first is the label of exactly one position, up to a last incomplete row,
-    which is dropped.
+    Models trained with them (Gemma) give hidden states without sense to texts that lack them.
+
+    Args:
+        tokenizer: of the model.
+
+    Returns:
+        Their ids in order; empty for tokenizers that put none (GPT-2, SmolLM2).
+    """
+    text = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    starts = (i for i in range(len(whole)) if whole[i : i + len(text)] == text)
+    return whole[: next(starts, 0)]
+
+
+def blocks(
+    ids: Tensor, context: int, *, prefix: Sequence[int] = (), name: str = "The text"
+) -> Tensor:
+    """Cut token ids into contexts side by side, each behind a prefix where one is given.
+
+    Row i is ids[i * context : (i + 1) * context + 1]; behind p tokens of a prefix, with n =
+    context + 1 - p, it is ids[i * n : (i + 1) * n]. Every token (without a prefix all but the
+    first) is the label of exactly one position, up to a last incomplete row, which is dropped.
 
     Args:
         ids: (tokens,).
         context: positions of a row.
+        prefix: tokens that begin each row, from [`prefix_ids`]; the first p - 1 labels of a row
+            are of the prefix itself and do not count.
+        name: of the text, for the error.
 
     Returns:
-        (rows, context + 1), a view of `ids`.
+        (rows, context + 1); without a prefix a view of `ids`.
 
     Raises:
-        ConversionError: there is not one whole row.
+        ConversionError: there is not one whole row, or no room in it beside the prefix.
     """
-    if len(ids) < context + 1:
+    size = context + 1 - len(prefix)
+    if size < 1:
         raise ConversionError(
-            f"The text has {len(ids):,} tokens, but at least {context + 1:,} (one context and the "
-            "token after it) are needed; give more text."
+            f"A context of {context} tokens has no room for text after the {len(prefix)} that the "
+            "tokenizer puts before every text."
         )
-    return ids.unfold(0, context + 1, context)
+    if len(ids) < size:
+        raise ConversionError(
+            f"{name} has {len(ids):,} tokens, but at least {size:,} (one context"
+            f"{'' if prefix else ' and the token after it'}) are needed; give more text."
+        )
+    if not prefix:
+        return ids.unfold(0, size, context)
+    rows = ids.unfold(0, size, size)
+    return torch.cat([ids.new_tensor(prefix).expand(len(rows), -1), rows], 1)
 
 
 @torch.no_grad()
@@ -267,6 +299,7 @@ def sample_token_ids(
     *,
     tokens: int,
     context: int,
+    prefix: Sequence[int] = (),
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = False,
@@ -281,14 +314,25 @@ def sample_token_ids(
         model: any causal language model.
         tokens: how many to write at least.
         context: tokens of a row after the first.
+        prefix: p tokens before the random one, from [`prefix_ids`]; they take the place of as many
+            of the `context`.
         batch_size: rows at a time.
         seed: the same seed gives the same text; the global generator is left as it was.
         progress: show a bar.
 
     Returns:
-        int64 (rows, context + 1) on the CPU, rows = ceil(tokens / context).
+        int64 (rows, context + 1) on the CPU, rows = ceil(tokens / (context - p)).
+
+    Raises:
+        ConversionError: the prefix leaves no room to write.
     """
-    rows = -(-tokens // context)
+    written = context - len(prefix)  # tokens of a row
+    if written < 1:
+        raise ConversionError(
+            f"A context of {context} tokens has no room to write after the {len(prefix)} that the "
+            "tokenizer puts before every text."
+        )
+    rows = -(-tokens // written)
     vocabulary = model.config.get_text_config().vocab_size
     own_config = model.generation_config
     generate: Any = model.generate  # of a mix-in that the base class does not declare
@@ -296,18 +340,19 @@ def sample_token_ids(
     done = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        start = torch.randint(vocabulary, (rows, 1)).to(device)
+        start = torch.randint(vocabulary, (rows, 1))
+        start = torch.cat([start.new_tensor(prefix).expand(rows, -1), start], 1).to(device)
         # `generate` fills what a call leaves open from the model's own settings (top_p, penalties,
         # end-of-text), none of which may bend the distribution here.
         model.generation_config = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=context
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=written
         )
         try:
-            with tqdm(total=rows * context, desc="writing", disable=not progress) as bar:
+            with tqdm(total=rows * written, desc="writing", disable=not progress) as bar:
                 for batch in start.split(batch_size):
                     mask = torch.ones_like(batch)
                     done.append(generate(batch, attention_mask=mask).cpu())
-                    bar.update(len(batch) * context)
+                    bar.update(len(batch) * written)
         finally:
             model.generation_config = own_config
     return torch.cat(done)

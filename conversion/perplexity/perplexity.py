@@ -9,7 +9,7 @@ import datasets
 import evaluate
 
 from hf_vqlogits.conversion.evaluation import exp, perplexity
-from hf_vqlogits.conversion.text import tokenize
+from hf_vqlogits.conversion.text import prefix_ids, tokenize
 
 DESCRIPTION = """
 Perplexity of a causal language model: exp of the mean negative log-likelihood of a text's tokens,
@@ -20,10 +20,12 @@ INPUTS = """
 Args:
     predictions (list of str): texts; each is scored on its own.
     model: a loaded causal language model of Transformers.
-    tokenizer: its tokenizer. No special tokens are added.
-    context (int): positions of a window, at most what the model takes. Default 512.
+    tokenizer: its tokenizer. What it puts before every text by default, `<bos>` for example,
+        begins every window and is not scored; no other special tokens are added.
+    context (int): positions of a window, `<bos>` included, at most what the model takes.
+        Default 512.
     stride (int): tokens between the beginnings of windows. The smaller, the more context each token
-        has, and the longer it takes. Default: context.
+        has, and the longer it takes. Default: context, less `<bos>`.
     batch_size (int): windows at a time. Default 4.
 
 Returns:
@@ -51,6 +53,8 @@ class Perplexity(evaluate.Metric):
         self, predictions, *, model, tokenizer, context=512, stride=None, batch_size=4
     ) -> dict[str, float | int]:
         nats, tokens, words = 0.0, 0, 0
+        options = {"context": context, "stride": stride, "batch_size": batch_size}
+        options["prefix"] = prefix_ids(tokenizer)
         for number, text in enumerate(predictions):
             ids = tokenize(text, tokenizer)
             if len(ids) < 2:
@@ -58,7 +62,7 @@ class Perplexity(evaluate.Metric):
                     f"`predictions[{number}]` has {len(ids)} tokens; the first of a text is not "
                     "scored, so at least two are needed. Leave such texts out."
                 )
-            score = perplexity(model, ids, context=context, stride=stride, batch_size=batch_size)
+            score = perplexity(model, ids, **options)
             nats += score.nats
             tokens += score.tokens
             words += len(text.split())

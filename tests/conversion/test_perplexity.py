@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_vqlogits.conversion import evaluation
@@ -35,8 +35,9 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
 
 
-def reference(model, ids, context, stride):
+def reference(model, ids, context, stride, prefix=()):
     """Each token on its own, from the tokens that its window has before it; float64."""
+    prefix = torch.tensor([prefix], dtype=ids.dtype)
     double = GPT2LMHeadModel(model.config).double().eval()
     double.load_state_dict(model.state_dict())
     length = min(context, len(ids) - 1)
@@ -46,7 +47,7 @@ def reference(model, ids, context, stride):
         while start + length < label:
             start = min(start + stride, len(ids) - 1 - length)
         with torch.no_grad():
-            logits = double(ids[None, start:label]).logits[0, -1]
+            logits = double(torch.cat([prefix, ids[None, start:label]], 1)).logits[0, -1]
         nats -= logits.log_softmax(-1)[ids[label]].item()
         best.append(logits.argmax().item())
     return nats, best
@@ -69,6 +70,29 @@ class TestFunction:
         assert score.nats_per_token == pytest.approx(nats / (tokens - 1), rel=1e-5)
         assert score.perplexity == pytest.approx(math.exp(nats / (tokens - 1)), rel=1e-5)
         assert score.word_perplexity(5) == pytest.approx(math.exp(nats / 5), rel=1e-4)
+
+    @pytest.mark.parametrize("prefix", [[3], [6, 3]])
+    @pytest.mark.parametrize(("context", "stride"), [(8, None), (8, 3), (8, 1), (16, 5)])
+    def test_every_window_begins_with_the_prefix(self, model, prefix, context, stride):
+        ids = torch.randint(7, (33,), generator=torch.Generator().manual_seed(4))
+        room = context - len(prefix)
+        score = perplexity(model, ids, context=context, stride=stride, prefix=prefix, batch_size=3)
+        nats, _ = reference(model, ids, room, stride or room, prefix)
+        assert score.nats == pytest.approx(nats, rel=1e-5)
+        assert score.tokens == 32
+        without, _ = reference(model, ids, room, stride or room)
+        assert nats != pytest.approx(without, rel=1e-3)
+        lengths = []
+        hook = model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+        perplexity(model, ids, context=context, stride=stride, prefix=prefix)
+        hook.remove()
+        assert set(lengths) == {context}
+
+    def test_no_room_beside_the_prefix(self, model):
+        with pytest.raises(ValueError, match="less a prefix of 2.* got 8, 4 and 7"):
+            perplexity(model, torch.arange(7), context=8, stride=7, prefix=[1, 2])
+        with pytest.raises(ValueError, match="less a prefix of 2.* got 2, 4 and 0"):
+            perplexity(model, torch.arange(7), context=2, prefix=[1, 2])
 
     def test_shorter_stride_is_like_transformers_guide(self, model):
         """The loop of the guide, which scores the same tokens when its windows fit the text."""
@@ -163,6 +187,20 @@ class TestMetric:
             "tokens": 13,
             "words": 16,
         }
+
+    def test_tokens_that_the_tokenizer_prepends_begin_every_window(self, metric, model, tokenizer):
+        inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        inner.post_processor = processors.TemplateProcessing("the $A", special_tokens=[("the", 1)])
+        begins = PreTrainedTokenizerFast(
+            tokenizer_object=inner, unk_token="<unk>", bos_token="the", eos_token="the"
+        )
+        result = metric.compute(predictions=TEXTS, model=model, tokenizer=begins, context=5)
+        nats = 0.0
+        for text in TEXTS:
+            ids = torch.tensor([WORDS.index(word) for word in text.split()])
+            nats += reference(model, ids, 4, 4, [1])[0]
+        assert result["tokens"] == 13
+        assert result["nats_per_token"] == pytest.approx(nats / 13, rel=1e-5)
 
     def test_batches_may_be_added_first(self, metric, model, tokenizer):
         for text in TEXTS:

@@ -9,8 +9,14 @@ import torch
 from datasets import Dataset, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GemmaTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from hf_vqlogits.conversion import text
 from hf_vqlogits.conversion.errors import ConversionError
@@ -18,6 +24,7 @@ from hf_vqlogits.conversion.text import (
     blocks,
     builtin_english_text,
     load_text,
+    prefix_ids,
     sample_token_ids,
     split_lines,
     stream_text,
@@ -260,6 +267,38 @@ class TestTokenize:
         assert tokenize(english, gpt2).tolist() == whole
 
 
+class TestPrefix:
+    @pytest.mark.parametrize(
+        ("template", "prefix"),
+        [
+            (None, []),
+            ("<bos> $A", ["<bos>"]),
+            ("<bos> $A <eos>", ["<bos>"]),
+            ("$A <eos>", []),
+            ("<mask> <bos> $A", ["<mask>", "<bos>"]),
+        ],
+    )
+    def test_what_a_tokenizer_prepends(self, tokenizer, template, prefix):
+        special = {"bos_token": "<bos>", "eos_token": "<eos>", "mask_token": "<mask>"}
+        inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        inner.add_special_tokens(list(special.values()))
+        ids = {token: inner.token_to_id(token) for token in special.values()}
+        if template is not None:
+            inner.post_processor = processors.TemplateProcessing(
+                template, special_tokens=list(ids.items())
+            )
+        found = prefix_ids(PreTrainedTokenizerFast(tokenizer_object=inner, **special))
+        assert found == [ids[token] for token in prefix]
+
+    def test_by_class(self):
+        """Of Transformers' own tokenizers: some prepend, some have a `<bos>` and do not."""
+        words = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<bos>": 4, "<eos>": 5, "x": 6}
+        assert prefix_ids(GemmaTokenizer(vocab=words, merges=[], add_bos_token=True)) == [4]
+        gpt2 = GPT2Tokenizer(vocab=words, merges=[], bos_token="<s>", eos_token="</s>")
+        assert gpt2.bos_token_id == 1
+        assert prefix_ids(gpt2) == []
+
+
 class TestCutting:
     def test_blocks(self):
         ids = torch.arange(24)
@@ -267,10 +306,39 @@ class TestCutting:
         assert rows.tolist() == [list(range(i, i + 6)) for i in (0, 5, 10, 15)]
         assert blocks(torch.arange(26), 5).shape == (5, 6)
 
+    def test_blocks_behind_a_prefix(self):
+        ids = torch.arange(14)
+        assert blocks(ids, 5, prefix=[99]).tolist() == [[99, 0, 1, 2, 3, 4], [99, 5, 6, 7, 8, 9]]
+        assert blocks(ids, 5, prefix=[98, 99])[1].tolist() == [98, 99, 4, 5, 6, 7]
+
+    @given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 3))
+    def test_every_token_is_a_label_once(self, tokens, context, length):
+        prefix = list(range(-length, 0))
+        try:
+            rows = blocks(torch.arange(tokens), context, prefix=prefix)
+        except ConversionError:
+            assert tokens < context + 1 - length or context < length
+            return
+        assert rows.shape[1] == context + 1
+        assert rows[:, :length].tolist() == [prefix] * len(rows)
+        labels = rows[:, max(length, 1) :].flatten()
+        first = 0 if prefix else 1
+        assert labels.tolist() == list(range(first, first + len(labels)))
+        assert tokens - first - len(labels) < rows.shape[1] - max(length, 1)  # dropped
+
     def test_too_few_tokens(self):
         assert blocks(torch.arange(6), 5).shape == (1, 6)
-        with pytest.raises(ConversionError, match="has 5 tokens, but at least 6"):
+        with pytest.raises(ConversionError, match="The text has 5 tokens, but at least 6"):
             blocks(torch.arange(5), 5)
+        assert blocks(torch.arange(5), 5, prefix=[1]).shape == (1, 6)
+        with pytest.raises(
+            ConversionError, match="novel has 4 tokens, but at least 5 .one context."
+        ):
+            blocks(torch.arange(4), 5, prefix=[1], name="novel")
+
+    def test_no_room_behind_the_prefix(self):
+        with pytest.raises(ConversionError, match="context of 2 tokens has no room.* the 3"):
+            blocks(torch.arange(9), 2, prefix=[1, 2, 3])
 
     def test_split_lines(self):
         lines = [f"{i}\x0b\u2028\n" for i in range(10)]  # other line separators do not count
@@ -311,6 +379,26 @@ class TestSampling:
         assert not torch.equal(rows, other)
         assert torch.equal(torch.random.get_rng_state(), before)
         assert model.generation_config is config
+
+    def test_rows_behind_a_prefix(self, model):
+        """The prefix is read, and the random token after it is drawn as without."""
+        model = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter.data.mul_(9)  # far from uniform, so that what came before matters
+        plain = sample_token_ids(model, tokens=100, context=16)
+        rows = sample_token_ids(model, tokens=100, context=17, prefix=[5])
+        assert rows.shape == (7, 18)
+        assert (rows[:, 0] == 5).all()
+        assert torch.equal(rows[:, 1], plain[:, 0])
+        other = sample_token_ids(model, tokens=100, context=17, prefix=[6])
+        assert torch.equal(rows[:, 1], other[:, 1])
+        assert not torch.equal(rows[:, 2:], other[:, 2:])
+        assert sample_token_ids(model, tokens=97, context=17, prefix=[6]).shape == (7, 18)
+        assert sample_token_ids(model, tokens=96, context=17, prefix=[6]).shape == (6, 18)
+
+    def test_no_room_to_write(self, model):
+        with pytest.raises(ConversionError, match="context of 2 tokens has no room to write.* 2 "):
+            sample_token_ids(model, tokens=9, context=2, prefix=[1, 2])
 
     def test_samples_from_the_whole_distribution_past_end_of_text(self, model):
         """Although the model's own settings, and defaults (top_k = 50), would narrow it."""
