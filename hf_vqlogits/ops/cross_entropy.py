@@ -58,7 +58,8 @@ def linear_cross_entropy(
     """Cross-entropy between the logits of a vector-quantised output layer and labels.
 
     Equivalent to `cross_entropy(softcap(logit_scale * expand(scores, codes)), labels)` with
-    `scores = score_scale * linear(hidden, codebook, codebook_bias)`, in a memory of O(N R + chunk_size V).
+    `scores = score_scale * linear(hidden, codebook, codebook_bias)`, in a memory of
+    O(N R + chunk_size V).
     Differentiable once, in `hidden`, `codebook` and `codebook_bias`.
 
     Args:

@@ -296,9 +296,7 @@ def test_the_default_chunk_is_bounded_in_bytes(monkeypatch):
     monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 2 * 4 * VOCABULARY)
     _, labels, head = make_problem("index", torch.float32)
     scores = torch.randn(9, 3, 5)
-    ops.expand(
-        scores, head["codes"], code_type="index"
-    )  # the kernel's own form of the codes is kept
+    ops.expand(scores, head["codes"], code_type="index")  # the kernel keeps its form of the codes
     with LargestTensor() as largest:
         cross_entropy.compute_cross_entropy(
             scores, head["codes"], labels, "index", IGNORED, 0.0, 1.0, None, None, False
