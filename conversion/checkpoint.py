@@ -3,16 +3,22 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from hf_vqlogits import VQLogitsConfig, VQLogitsForCausalLM
 
 from .errors import ConversionError
 from .source import Source
+
+TOKEN_BYTES = 200  # of a tokenizer's files, for a token; Llama 3 and Gemma 3 take 130
+OTHER_BYTES = 1_000_000  # configuration, report, card and plot
 
 
 def check_output(output: Path, *, overwrite: bool, source_name: str) -> None:
@@ -24,27 +30,58 @@ def check_output(output: Path, *, overwrite: bool, source_name: str) -> None:
         source_name: folder or hub name of the source.
 
     Raises:
-        ConversionError: the folder exists and must not be replaced, is the source itself, or its
-            parent cannot be written.
+        ConversionError: the folder exists and must not be replaced, is the source itself or holds
+            it, or cannot be made where it would lie.
     """
-    if output.exists() and Path(source_name).exists() and output.samefile(source_name):
+    try:
+        if output.exists():
+            _check_replaceable(output, overwrite=overwrite, source_name=source_name)
+            needed = [_real(output), _real(output).parent]
+        else:
+            needed = [_folder_to_be_in(output)]
+    except OSError as error:
         raise ConversionError(
-            f"The output {str(output)!r} is the source model's own folder; choose another."
+            f"The output {str(output)!r} cannot be used: {error.strerror}. Choose another."
+        ) from error
+    for folder in needed:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConversionError(f"The folder {str(folder)!r} cannot be written; choose another.")
+
+
+def _check_replaceable(output: Path, *, overwrite: bool, source_name: str) -> None:
+    if source_name and Path(source_name).exists():
+        source = _real(Path(source_name))
+        if _real(output) in (source, *source.parents):
+            raise ConversionError(
+                f"The output {str(output)!r} is the source model's own folder, or holds it; choose "
+                "another."
+            )
+    if not overwrite:
+        raise ConversionError(
+            f"The output {str(output)!r} exists; choose another with `--output`, or replace it "
+            "with `--overwrite`."
         )
-    if output.exists():
-        if not overwrite:
-            raise ConversionError(
-                f"The output {str(output)!r} exists; choose another with `--output`, or replace it "
-                "with `--overwrite`."
-            )
-        if not _is_conversion(output):
-            raise ConversionError(
-                f"{str(output)!r} is not the output of an earlier conversion, so `--overwrite` "
-                "does not delete it; remove it yourself or choose another folder."
-            )
-    parent = _existing_parent(output)
-    if not os.access(parent, os.W_OK):
-        raise ConversionError(f"The folder {str(parent)!r} cannot be written; choose another.")
+    if not _is_conversion(output):
+        raise ConversionError(
+            f"{str(output)!r} is not the output of an earlier conversion, so `--overwrite` does "
+            "not delete it; remove it yourself or choose another folder."
+        )
+
+
+def _folder_to_be_in(output: Path) -> Path:
+    """The folder that exists and in which the output and its missing parents can be made."""
+    nearest = _nearest(output.absolute())
+    if nearest.is_symlink() and not nearest.exists():
+        raise ConversionError(
+            f"The output {str(output)!r} leads through the link {str(nearest)!r} to "
+            f"{os.readlink(nearest)!r}, where nothing is; remove the link or choose another."
+        )
+    if not nearest.is_dir():
+        raise ConversionError(
+            f"The output {str(output)!r} would lie in {str(nearest)!r}, which is no folder; choose "
+            "another."
+        )
+    return nearest
 
 
 def check_room(output: Path, needed_bytes: int) -> None:
@@ -53,12 +90,27 @@ def check_room(output: Path, needed_bytes: int) -> None:
     Raises:
         ConversionError: says how much is needed and how much is free.
     """
-    free = shutil.disk_usage(_existing_parent(output)).free
+    free = shutil.disk_usage(_nearest(_real(output).parent)).free
     if needed_bytes > free:
         raise ConversionError(
             f"No room on the disk of {str(output)!r}: {needed_bytes / 1e6:.0f} MB are needed, "
-            f"{free / 1e6:.0f} MB are free."
+            f"{free / 1e6:.0f} MB are free. Free some space or choose another folder."
         )
+
+
+def output_bytes(backbone: torch.nn.Module, head_bytes: int, source: Source) -> int:
+    """About how much the output will take, rather more than less.
+
+    Args:
+        backbone: of the converted model.
+        head_bytes: of the tensors of its head.
+        source: the original.
+    """
+    tensors = {id(t): t for t in (*backbone.parameters(), *backbone.buffers())}.values()
+    tokens = 0 if source.tokenizer is None else len(source.tokenizer)
+    carried = sum(path.stat().st_size for path in source.files.values())
+    weights = sum(t.numel() * t.element_size() for t in tensors) + head_bytes
+    return weights + carried + tokens * TOKEN_BYTES + OTHER_BYTES
 
 
 @contextmanager
@@ -66,31 +118,65 @@ def whole_or_nothing(output: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `output` when the block ends without an error.
 
     After an error or an interrupt nothing is left behind, and an earlier `output` is untouched.
+    Where `output` is a link, what it names is replaced and the link stays.
 
     Raises:
-        ConversionError: the disk filled up.
+        ConversionError: the disk filled up, or the system refused to write for another reason.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    output = _real(output)
+    scratch = None
     try:
-        yield partial
-        os.chmod(partial, 0o777 & ~_umask())  # mkdtemp makes private folders
-        if output.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-            os.replace(output, replaced)
-            os.replace(partial, output)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(partial, output)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Cut, since the whole name and more could be longer than a file system allows.
+        prefix = f".{output.name[:40]}.partial-"
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+        new = scratch / "new"
+        new.mkdir()  # that of `mkdtemp` is private
+        yield new
+        _put_in_place(new, output, scratch / "earlier")
+    except Exception as error:
+        code = _system_error(error)
+        if code is None:
+            raise
+        if code in (errno.ENOSPC, errno.EDQUOT):
             raise ConversionError(
                 f"The disk filled up while {str(output)!r} was written; nothing was left behind. "
                 "Free some space and run again."
             ) from error
-        raise
+        raise ConversionError(
+            f"The output {str(output)!r} cannot be written: {os.strerror(code)}. Choose another "
+            "folder with `--output`."
+        ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if scratch is not None and not _unfinished(output, scratch / "earlier"):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(new: Path, output: Path, earlier: Path) -> None:
+    """Rename `new` to `output`; where that is not finished, what was there comes back."""
+    try:
+        if output.exists():
+            os.replace(output, earlier)
+        os.replace(new, output)
+    finally:
+        if _unfinished(output, earlier):
+            os.replace(earlier, output)
+
+
+def _unfinished(output: Path, earlier: Path) -> bool:
+    return earlier.exists() and not output.exists()
+
+
+def _system_error(error: Exception) -> int | None:
+    """The operating system's number of an error, None for an error of another kind.
+
+    safetensors and tokenizers, written in Rust, raise types of their own, or a bare `Exception`,
+    with the number in the text.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return None if number is None else int(number[1])
 
 
 def write_checkpoint(folder: Path, model: VQLogitsForCausalLM, source: Source) -> None:
@@ -113,14 +199,17 @@ def _is_conversion(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") == VQLogitsConfig.model_type
 
 
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute().parent
-    while not path.exists():
-        path = path.parent
-    return path
+def _real(path: Path) -> Path:
+    """The path without links; it need not exist."""
+    return Path(os.path.realpath(path))
 
 
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
+def _nearest(path: Path) -> Path:
+    """The path itself where something is there, be it a link to nothing; else its next parent."""
+    while True:
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            path = path.parent
+        else:
+            return path

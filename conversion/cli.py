@@ -5,15 +5,24 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from .convert import CALIBRATION_TOKENS, convert_to_vq
 from .errors import ConversionError
 from .sizes import DEFAULT_REDUCTION, METHODS
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`.\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The options; their names with underscores are the keywords of the Python call."""
-    p = argparse.ArgumentParser(
+    p = OneLineParser(
         prog="convert_to_vq",
         description="Replace the output layer of a causal language model by a vector-quantised "
         "one: a small codebook and a code per token.",
@@ -56,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--embeddings", default="keep", choices=("keep",), help="what becomes of the input side"
     )
-    p.add_argument("--ladder", action="store_true", help="compare 99.5, 99, 98 and 96%%")
+    p.add_argument("--ladder", action="store_true", help="compare fits at 99.5, 99, 98 and 96%%")
     p.add_argument("--device", help="default: a GPU when there is one")
     p.add_argument("--dtype", help="type of the weights; default: as stored")
     p.add_argument("--seed", type=int, default=0)
@@ -75,17 +84,32 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(parser().parse_args(argv))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     model, as_json = options.pop("model"), options.pop("json")
-    options["output"] = options["output"] or f"{Path(os.path.normpath(model)).name}-vq"
+    options["output"] = options["output"] or f"{Path(os.path.abspath(model)).name}-vq"
+    before = _identity(options["output"])
     try:
         report = convert_to_vq(model, progress=True, **options)
+        if as_json:
+            sys.stdout.write(report.to_json())
+        else:
+            report.print()
     except ConversionError as error:
-        print(f"convert_to_vq: error: {error}", file=sys.stderr)
+        print("convert_to_vq: error:", *str(error).split(), file=sys.stderr)  # in one line
         return 2
     except KeyboardInterrupt:
-        print("convert_to_vq: interrupted; nothing was written", file=sys.stderr)
+        found = _identity(options["output"])
+        if found not in (None, before):
+            written = f"the output {options['output']!r} was already written, and is complete"
+        else:
+            written = "nothing was written" + (", the earlier output is as it was" if found else "")
+        print(f"convert_to_vq: interrupted; {written}", file=sys.stderr)
         return 130
-    if as_json:
-        sys.stdout.write(report.to_json())
-    else:
-        report.print()
     return 0
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    """What tells a folder from another one of its name; None where there is none."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

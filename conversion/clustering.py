@@ -13,6 +13,7 @@ ITERATIONS = 25  # faiss's own default
 # Below so many products an iteration, threads wait for one another longer than they help.
 SMALL_PROBLEM = 1 << 30
 CHUNK_ROWS = 1 << 14
+SEEDS = 1 << 31  # faiss keeps its seed in a C int
 
 
 def kmeans(
@@ -47,7 +48,7 @@ def kmeans(
         points.shape[1],
         clusters,
         niter=1,
-        seed=seed,
+        seed=seed % SEEDS,
         # faiss would take 256 rows a cluster, and complain of fewer than 39.
         min_points_per_centroid=1,
         max_points_per_centroid=len(points),

@@ -1,25 +1,37 @@
 """The conversion: load, prove, calibrate, fit, judge, write."""
 
+import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_vqlogits import VQLogitsHead
+
 from .assessment import assess
+from .calibration import CalibrationStatistics
 from .card import PLOT_FILE, model_card, plot
-from .checkpoint import check_output, check_room, whole_or_nothing, write_checkpoint
+from .checkpoint import (
+    check_output,
+    check_room,
+    output_bytes,
+    whole_or_nothing,
+    write_checkpoint,
+)
 from .corpus import prepare_corpus
 from .errors import ConversionError
 from .families import take_apart
 from .quantise import LADDER, Quantiser
 from .report import ConversionReport
-from .sizes import choose_size
+from .sizes import HeadSize, check_size_options, choose_size
 from .source import Source, load_source
 
 CALIBRATION_TOKENS = 100_000
+LAST_SEED = 2**31 - 1  # the largest that every library here takes
 
 
 def convert_to_vq(
@@ -69,10 +81,11 @@ def convert_to_vq(
         eval_data: text to judge by; default a held-out fifth of the calibration text.
         distill_steps: steps of training the codebook towards the dense layer.
         embeddings: `"keep"`: the input embedding stays as it is.
-        ladder: compare 99.5, 99, 98 and 96% on the evaluation text (signs).
+        ladder: compare 99.5, 99, 98 and 96% on the evaluation text (signs). It shows the fit alone:
+            `distill_steps` train the head that is written and none of these.
         device: where to compute; default a GPU when there is one.
         dtype: type of the weights; default as stored.
-        seed: of everything random; the same seed gives the same bytes.
+        seed: of everything random, 0 to 2^31 - 1; the same seed gives the same bytes.
         overwrite: replace an earlier conversion at `output`.
         push_to_hub: upload the output to this repository.
         progress: show progress bars.
@@ -84,9 +97,18 @@ def convert_to_vq(
         ConversionError: a mistake in the options, the model or the text; nothing was written.
     """
     folder = None if output is None else Path(output)
+    sizes: dict[str, Any] = {
+        "param_reduction": param_reduction,
+        "bits": bits,
+        "bits_per_weight": bits_per_weight,
+        "num_codebooks": num_codebooks,
+        "codebook_size": codebook_size,
+    }
+    check_size_options(method, **sizes)
     _check_options(embeddings, ladder, method, folder, push_to_hub)
-    _check_least("calibration_tokens", calibration_tokens, 1)
-    _check_least("distill_steps", distill_steps, 0)
+    _check_range("calibration_tokens", calibration_tokens, 1)
+    _check_range("distill_steps", distill_steps, 0)
+    _check_range("seed", seed, 0, LAST_SEED)
     if folder is not None:
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
     source = load_source(
@@ -94,18 +116,11 @@ def convert_to_vq(
     )
     parts = take_apart(source.model)
     vocab_size, hidden_size = parts.weight.shape
-    size = choose_size(
-        method,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        param_reduction=param_reduction,
-        bits=bits,
-        bits_per_weight=bits_per_weight,
-        num_codebooks=num_codebooks,
-        codebook_size=codebook_size,
-    )
+    size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
+    steps = _ladder_sizes(vocab_size, hidden_size) if ladder else []
     if folder is not None:
-        check_room(folder, sum(p.numel() * p.element_size() for p in parts.backbone.parameters()))
+        head_bytes = size.stored_bytes(vocab_size, hidden_size, parts.weight.element_size())
+        check_room(folder, output_bytes(parts.backbone, head_bytes, source))
     corpus = prepare_corpus(
         source,
         calibration_data=calibration_data,
@@ -117,16 +132,8 @@ def convert_to_vq(
     quantiser = Quantiser(parts, corpus, seed, show_progress=progress)
     with quantiser.timed("calibration"):
         statistics = quantiser.calibrate()
-    rungs = {}
     with quantiser.timed("fit"):
-        if method == "signs":
-            shape = {"vocab_size": vocab_size, "hidden_size": hidden_size}
-            steps = [choose_size(method, param_reduction=r, **shape) for r in LADDER]
-            heads = quantiser.sign_heads([size, *(steps if ladder else [])], statistics)
-            head = heads[size]
-            rungs = {s: heads[s] for s in steps} if ladder else {}
-        else:
-            head = quantiser.index_head(size, method, statistics)
+        head, rungs = _fit(quantiser, method, size, steps, statistics)
     if distill_steps:
         with quantiser.timed("distillation"):
             quantiser.distill(head, distill_steps)
@@ -137,6 +144,31 @@ def convert_to_vq(
     if push_to_hub is not None:
         _push(folder, push_to_hub)
     return report
+
+
+def _ladder_sizes(vocab_size: int, hidden_size: int) -> list[HeadSize]:
+    shape = {"vocab_size": vocab_size, "hidden_size": hidden_size}
+    try:
+        return [choose_size("signs", param_reduction=reduction, **shape) for reduction in LADDER]
+    except ConversionError as error:
+        raise ConversionError(
+            f"`ladder` compares {', '.join(map(str, LADDER))}, but: {error} Convert without it."
+        ) from error
+
+
+def _fit(
+    quantiser: Quantiser,
+    method: str,
+    size: HeadSize,
+    steps: list[HeadSize],
+    statistics: CalibrationStatistics,
+) -> tuple[VQLogitsHead, dict[HeadSize, VQLogitsHead]]:
+    """The head, and those of the ladder's sizes."""
+    if method != "signs":
+        return quantiser.index_head(size, method, statistics), {}
+    heads = quantiser.sign_heads(list(dict.fromkeys([size, *steps])), statistics)
+    # A copy: where the ladder holds the size, distillation must not reach its rung.
+    return copy.deepcopy(heads[size]), {step: heads[step] for step in steps}
 
 
 def _name_of(model_or_path: str | os.PathLike[str] | PreTrainedModel) -> str:
@@ -156,9 +188,11 @@ def _check_options(
         raise ConversionError("`push_to_hub` uploads the output folder; give `output` as well.")
 
 
-def _check_least(name: str, value: int, least: int) -> None:
+def _check_range(name: str, value: int, least: int, most: int | None = None) -> None:
     if value < least:
         raise ConversionError(f"`{name}` must be at least {least}, got {value}.")
+    if most is not None and value > most:
+        raise ConversionError(f"`{name}` must be at most {most}, got {value}.")
 
 
 def _write(folder: Path, report: ConversionReport, source: Source) -> None:

@@ -21,6 +21,8 @@ from .errors import ConversionError
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
 DIVISORS = ("logits_scaling",)  # Granite
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma, RecurrentGemma
+# Sub-configurations of towers whose output the family mixes into that of the text.
+TOWERS = ("vision_config", "audio_config", "audio_encoder_config")
 # Families with a cache that `generate` only knows by the name of their own class.
 UNSUPPORTED = ("rwkv", "xlstm", "reformer", "xlnet", "ctrl", "cpmant", "xlm", "flaubert")
 
@@ -84,7 +86,8 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
             f"{name!r} is an encoder-decoder model; only decoders (causal language models) are "
             "supported."
         )
-    if config.get_text_config() is not config:
+    towers = any(getattr(config, tower, None) is not None for tower in TOWERS)
+    if towers or config.get_text_config() is not config:
         raise ConversionError(
             f"{name!r} is a multimodal or composite model; only plain text decoders are supported. "
             "Convert its language model alone if it is published separately."
@@ -196,30 +199,57 @@ def _proved_transform(model: PreTrainedModel, parts: SourceParts) -> LogitTransf
     vocab_size = parts.weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (2, 12), generator=generator).to(model.device)
-    wanted = model(input_ids=ids).logits.float()
+    wanted = model(input_ids=ids).logits
     probe = head_config(parts, code_type="index", num_codebooks=1, codebook_size=1)
     with torch.device("meta"):
         ours = VQLogitsForCausalLM(probe)
     ours.model.backbone = parts.backbone
     hidden = ours.model.eval()(ids).last_hidden_state
-    raw = parts.raw_logits(hidden.to(parts.weight.dtype)).float()
+    raw = parts.raw_logits(hidden.to(parts.weight.dtype))
     model.train(was_training)
+    name = f"{type(model).__name__} ({parts.config.model_type!r})"
     if raw.shape != wanted.shape:
         raise ConversionError(
-            f"{type(model).__name__} ({parts.config.model_type!r}) gives logits of shape "
-            f"{tuple(wanted.shape)}, its output layer alone {tuple(raw.shape)}; the family is not "
-            "supported."
+            f"{name} gives logits of shape {tuple(wanted.shape)}, its output layer alone "
+            f"{tuple(raw.shape)}; the family is not supported."
         )
-    # One unit in the last place of the weights' type, with room for another order of summation.
-    tolerance = 16 * torch.finfo(parts.weight.dtype).eps * float(wanted.abs().max())
-    errors = {t: float((t(raw) - wanted).abs().max()) for t in _candidates(parts.config)}
+    _check_finite_logits(name, wanted, raw)
+    # Both come from the same operations in the same type, so that most logits agree to the bit;
+    # left are a division in place of a product, and another order of summation in float32.
+    tolerance = torch.finfo(raw.dtype).eps + 16 * torch.finfo(torch.float32).eps
+    errors = {t: _difference(t(raw), wanted) for t in _candidates(parts.config)}
     best = min(errors, key=lambda t: errors[t])
     proved = next((t for t, error in errors.items() if error <= tolerance), None)
     if proved is None:
         raise ConversionError(
-            f"{type(model).__name__} ({parts.config.model_type!r}) does something to its logits "
-            f"that is not known here: with scale {best.scale} and soft-cap {best.softcap} they "
-            f"still differ by {errors[best]:.3g} (allowed: {tolerance:.3g}). The family is not "
-            "supported."
+            f"{name} does something to its logits that is not known here: with scale {best.scale} "
+            f"and soft-cap {best.softcap} they still differ by {errors[best]:.3g} of their size "
+            f"(allowed: {tolerance:.3g}). The family is not supported."
         )
     return proved
+
+
+def _difference(logits: Tensor, wanted: Tensor) -> float:
+    """How far logits (..., V) are from those wanted, relative to these.
+
+    The root mean square of the difference, which shows a wrong scale even where every logit is
+    rounded, or a quarter of the largest, which shows a single wrong logit.
+    """
+    difference, size = logits.double() - wanted.double(), wanted.double()
+    least = torch.finfo(torch.float64).tiny
+    typical = difference.square().mean().sqrt() / size.square().mean().sqrt().clamp_min(least)
+    largest = difference.abs().max() / size.abs().max().clamp_min(least)
+    return float(max(typical, largest / 4))
+
+
+def _check_finite_logits(name: str, wanted: Tensor, raw: Tensor) -> None:
+    if bool(torch.isfinite(wanted).all() and torch.isfinite(raw).all()):
+        return
+    used = str(wanted.dtype).removeprefix("torch.")
+    if wanted.dtype == torch.float16:
+        advice = "that type ends at 65,504. Convert with `dtype` (`--dtype`) float32 or bfloat16."
+    else:
+        advice = "its weights or its family cannot be converted."
+    raise ConversionError(
+        f"On a probe of random tokens {name} gives logits in {used} that are not finite: {advice}"
+    )

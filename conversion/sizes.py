@@ -11,6 +11,7 @@ DEFAULT_REDUCTION = 0.98
 # with half the look-ups); on a GPT-2 with d = 256, 125 codebooks of 4 gave a perplexity factor of
 # 1.06 where 8 of 63 gave 1.31.
 RESIDUAL_CODEBOOK_SIZE = 4
+MOST_BITS_PER_WEIGHT = 32  # codes of more would be larger than the dense layer in float32
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,27 @@ class HeadSize:
         """Rows of d + 1 floats that the head stores."""
         return self.num_codebooks * (1 if self.code_type == "sign" else self.codebook_size)
 
+    @property
+    def bits_per_token(self) -> int:
+        """Bits that name a token's codewords."""
+        return self.num_codebooks * (self.codebook_size - 1).bit_length()
+
+    def stored_bytes(self, vocab_size: int, hidden_size: int, itemsize: int) -> int:
+        """Bytes of the head's tensors in a file.
+
+        Args:
+            vocab_size: V.
+            hidden_size: d.
+            itemsize: bytes of a float.
+        """
+        if self.code_type == "sign":
+            code = -(-self.num_codebooks // 8)
+        else:
+            code = self.num_codebooks * (1 if self.codebook_size <= 256 else 4)
+        statistics = 2 * hidden_size  # mean hidden state and fold direction
+        floats = self.stored_codewords * (hidden_size + 1) + statistics
+        return vocab_size * code + floats * itemsize
+
 
 def codewords_within(reduction: float, vocab_size: int, hidden_size: int) -> int:
     """Largest number of codewords that keeps at most `1 - reduction` of the V d parameters.
@@ -41,11 +63,7 @@ def codewords_within(reduction: float, vocab_size: int, hidden_size: int) -> int
     Raises:
         ConversionError: `reduction` lies outside (0, 1), or leaves no codeword.
     """
-    if not 0 < reduction < 1:
-        raise ConversionError(
-            f"`param_reduction` must lie between 0 and 1 (exclusive), got {reduction}; 0.98 keeps "
-            "2% of the output layer's parameters."
-        )
+    _check_reduction(reduction)
     # The tiny addend undoes the rounding of 1 - 0.98 to 0.020000000000000018 and the like.
     count = int((1 - reduction) * vocab_size * hidden_size / (hidden_size + 1) + 1e-9)
     if count < 1:
@@ -84,33 +102,82 @@ def choose_size(
         ConversionError: unknown method, options that contradict each other or the method, or a
             size that is impossible.
     """
+    check_size_options(
+        method,
+        param_reduction=param_reduction,
+        bits=bits,
+        bits_per_weight=bits_per_weight,
+        num_codebooks=num_codebooks,
+        codebook_size=codebook_size,
+    )
+    if method == "signs":
+        size = _sign_size(vocab_size, hidden_size, param_reduction, bits, bits_per_weight)
+    else:
+        size = _index_size(
+            method, vocab_size, hidden_size, param_reduction, num_codebooks, codebook_size
+        )
+    if method != "signs" and size.codebook_size > vocab_size:
+        raise ConversionError(
+            f"`codebook_size` {size.codebook_size} is larger than the vocabulary {vocab_size}: "
+            f"more codewords than tokens cannot all be used. At most {vocab_size} can."
+        )
+    if (bits or num_codebooks) and size.bits_per_token > MOST_BITS_PER_WEIGHT * hidden_size:
+        name, value = ("bits", bits) if bits else ("num_codebooks", num_codebooks)
+        raise ConversionError(
+            f"`{name}` {value} makes codes of more than {MOST_BITS_PER_WEIGHT} bits a weight at "
+            f"hidden size {hidden_size}: they would be larger than the dense layer. Choose less."
+        )
+    return size
+
+
+def check_size_options(
+    method: str,
+    *,
+    param_reduction: float | None = None,
+    bits: int | None = None,
+    bits_per_weight: float | None = None,
+    num_codebooks: int | None = None,
+    codebook_size: int | None = None,
+) -> None:
+    """Check the options of [`choose_size`] as far as that needs no model.
+
+    Raises:
+        ConversionError: unknown method, a value that no model allows, or options that contradict
+            each other or the method.
+    """
     if method not in METHODS:
         raise ConversionError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
-    ways = {
-        "param_reduction": param_reduction,
-        "bits": bits,
-        "bits_per_weight": bits_per_weight,
-    }
+    ways = {"param_reduction": param_reduction, "bits": bits, "bits_per_weight": bits_per_weight}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
         raise ConversionError(
             f"`{given[0]}` and `{given[1]}` both choose the size; give one of them."
         )
+    if param_reduction is not None:
+        _check_reduction(param_reduction)
+    if bits_per_weight is not None and not 0 < bits_per_weight <= MOST_BITS_PER_WEIGHT:
+        raise ConversionError(
+            f"`bits_per_weight` must lie above 0 and be at most {MOST_BITS_PER_WEIGHT}, got "
+            f"{bits_per_weight}; usual are 0.5 to 2."
+        )
+    counts = {"bits": bits, "num_codebooks": num_codebooks, "codebook_size": codebook_size}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ConversionError(f"`{name}` must be at least 1, got {value}.")
     if method == "signs":
         _refuse("signs", "`bits`", num_codebooks=num_codebooks, codebook_size=codebook_size)
-        return _sign_size(vocab_size, hidden_size, ways)
-    _refuse(
-        method, "`num_codebooks` and `codebook_size`", bits=bits, bits_per_weight=bits_per_weight
-    )
-    size = _index_size(
-        method, vocab_size, hidden_size, param_reduction, num_codebooks, codebook_size
-    )
-    if size.codebook_size > vocab_size:
+    else:
+        instead = "`num_codebooks` and `codebook_size`"
+        _refuse(method, instead, bits=bits, bits_per_weight=bits_per_weight)
+        _check_index_options(method, param_reduction, num_codebooks, codebook_size)
+
+
+def _check_reduction(reduction: float) -> None:
+    if not 0 < reduction < 1:
         raise ConversionError(
-            f"`codebook_size` {size.codebook_size} is larger than the vocabulary {vocab_size}: "
-            f"more codewords than tokens cannot all be used. At most {vocab_size} can."
+            f"`param_reduction` must lie between 0 and 1 (exclusive), got {reduction}; 0.98 keeps "
+            "2% of the output layer's parameters."
         )
-    return size
 
 
 def _refuse(method: str, instead: str, **options: float | None) -> None:
@@ -121,26 +188,43 @@ def _refuse(method: str, instead: str, **options: float | None) -> None:
             )
 
 
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ConversionError(f"`{name}` must be at least 1, got {value}.")
-    return value
-
-
-def _sign_size(vocab_size: int, hidden_size: int, ways: dict[str, float | None]) -> HeadSize:
-    if ways["bits"] is not None:
-        terms = _at_least_one("bits", int(ways["bits"]))
-    elif ways["bits_per_weight"] is not None:
-        terms = round(ways["bits_per_weight"] * hidden_size)
-        if terms < 1:
+def _check_index_options(
+    method: str,
+    param_reduction: float | None,
+    num_codebooks: int | None,
+    codebook_size: int | None,
+) -> None:
+    if method in SINGLE_CODEBOOK:
+        if num_codebooks not in (None, 1):
             raise ConversionError(
-                f"`bits_per_weight` {ways['bits_per_weight']} is less than one bit a token at "
-                f"hidden size {hidden_size}; the least is {1 / hidden_size:.4f}."
+                f"Method {method!r} has one codebook, but `num_codebooks` is {num_codebooks}; use "
+                "method 'residual' for several."
             )
-    else:
-        reduction = ways["param_reduction"]
-        terms = codewords_within(
-            DEFAULT_REDUCTION if reduction is None else reduction, vocab_size, hidden_size
+        num_codebooks = 1
+    if None not in (param_reduction, num_codebooks, codebook_size):
+        raise ConversionError(
+            f"`param_reduction` {param_reduction} and `codebook_size` {codebook_size} with "
+            f"{num_codebooks} codebook(s) both choose the size; give one or the other."
+        )
+
+
+def _sign_size(
+    vocab_size: int,
+    hidden_size: int,
+    param_reduction: float | None,
+    bits: int | None,
+    bits_per_weight: float | None,
+) -> HeadSize:
+    if bits is not None:
+        return HeadSize("sign", bits, 2)
+    if bits_per_weight is None:
+        reduction = DEFAULT_REDUCTION if param_reduction is None else param_reduction
+        return HeadSize("sign", codewords_within(reduction, vocab_size, hidden_size), 2)
+    terms = round(bits_per_weight * hidden_size)
+    if terms < 1:
+        raise ConversionError(
+            f"`bits_per_weight` {bits_per_weight} is less than one bit a token at hidden size "
+            f"{hidden_size}; the least is {1 / hidden_size:.4f}."
         )
     return HeadSize("sign", terms, 2)
 
@@ -153,23 +237,9 @@ def _index_size(
     num_codebooks: int | None,
     codebook_size: int | None,
 ) -> HeadSize:
-    if num_codebooks is not None:
-        _at_least_one("num_codebooks", num_codebooks)
-    if codebook_size is not None:
-        _at_least_one("codebook_size", codebook_size)
     if method in SINGLE_CODEBOOK:
-        if num_codebooks not in (None, 1):
-            raise ConversionError(
-                f"Method {method!r} has one codebook, but `num_codebooks` is {num_codebooks}; use "
-                "method 'residual' for several."
-            )
         num_codebooks = 1
     if num_codebooks is not None and codebook_size is not None:
-        if param_reduction is not None:
-            raise ConversionError(
-                f"`param_reduction` {param_reduction} and `codebook_size` {codebook_size} with "
-                f"{num_codebooks} codebook(s) both choose the size; give one or the other."
-            )
         return HeadSize("index", num_codebooks, codebook_size)
     reduction = DEFAULT_REDUCTION if param_reduction is None else param_reduction
     codewords = codewords_within(reduction, vocab_size, hidden_size)

@@ -2,12 +2,14 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +39,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TELLING = (OSError, ValueError, RuntimeError, AssertionError, ImportError, StrictDataclassError)
+LISTED = 5  # tensors that a message names
 
 
 @dataclass
@@ -81,15 +86,18 @@ def load_source(
         dtype: type of the weights; default as stored.
 
     Raises:
-        ConversionError: the model cannot be had, is of an unsupported kind, has weights that are
-            not finite, or does not fit its tokenizer.
+        ConversionError: the device or type cannot be used, or the model cannot be had, lacks
+            weights, is of an unsupported kind, has weights that are not finite, or does not fit its
+            tokenizer.
     """
+    check_device(device)
+    check_dtype(dtype)
     if isinstance(model_or_path, PreTrainedModel):
         if gguf_file is not None:
             raise ConversionError("`gguf_file` needs a folder or hub name, not a loaded model.")
         model = model_or_path
         if dtype is not None:
-            torch.nn.Module.to(model, _torch_dtype(dtype))
+            torch.nn.Module.to(model, check_dtype(dtype))
         name, files = model.config.name_or_path or type(model).__name__, {}
         refuse_unsupported(model.config)
     else:
@@ -107,50 +115,110 @@ def load_source(
     return source
 
 
-def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+def check_device(device: str | torch.device | None) -> None:
+    """Check that tensors can be made on the device.
+
+    Raises:
+        ConversionError: names the device and the reason.
+    """
+    if device is None:
+        return
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        # There is no common type: a name is refused, a backend was not built in, a driver is not
+        # there.
         raise ConversionError(
-            f"`dtype` {dtype!r} is no floating-point type; use float32, bfloat16 or float16."
-        )
-    return found
+            f"`device` {str(device)!r} cannot be used: {_first_line(error)} Leave it out, or give "
+            "'cpu' or a device of this machine."
+        ) from error
+    if found.type == "meta":
+        raise ConversionError("`device` 'meta' holds no values to compute with; give 'cpu'.")
+
+
+def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The type of that name.
+
+    Raises:
+        ConversionError: it is none that a model can be computed in.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or found in DTYPES:
+        return found
+    raise ConversionError(
+        f"`dtype` {str(dtype)!r} is no type that a model can be computed in; use float32, bfloat16 "
+        "or float16."
+    )
 
 
 def _load_model(
     name: str, gguf_file: str | None, dtype: str | torch.dtype | None
 ) -> PreTrainedModel:
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
-    wanted = "auto" if dtype is None else _torch_dtype(dtype)
+    wanted = check_dtype(dtype) or "auto"
     if gguf_file is not None and dtype is None:
         wanted = torch.float32  # dequantised weights have no type of their own
     try:
         config = AutoConfig.from_pretrained(name, **extra)
         refuse_unsupported(config)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **extra)
+        # Other shapes are let pass and refused below: Transformers names them in a log only.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+        )
     except ConversionError:
         raise
     except ImportError as error:
         raise ConversionError(f"Loading {name!r} needs a package: {_first_line(error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        # What a wrong field or a damaged file makes Transformers, PyTorch and safetensors raise has
+        # no common type: ZeroDivisionError and EOFError are among it.
+        reason = _first_line(error)
+        if isinstance(error, UnpicklingError):  # its own text advises to run what the file holds
+            reason = "a weights file is damaged or holds something else than tensors."
         raise ConversionError(
-            f"The model {name!r} cannot be loaded: {_first_line(error)} Give the name of a causal "
-            "language model on the hub, or a folder with its config.json and weights."
+            f"The model {name!r} cannot be loaded: {reason} Give the name of a causal language "
+            "model on the hub, or a folder with its config.json and weights."
         ) from error
+    model, info = loaded
+    _check_complete(name, info)
     if gguf_file is not None:
         # The weights are plain floats by now; with this entry `save_pretrained` would refuse.
         model.config.__dict__.pop("quantization_config", None)
-        for name, plain in (("hf_quantizer", None), ("is_quantized", False)):
-            setattr(model, name, plain)
+        for attribute, plain in (("hf_quantizer", None), ("is_quantized", False)):
+            setattr(model, attribute, plain)
     return model
+
+
+def _check_complete(name: str, info: dict[str, Any]) -> None:
+    """Refuse what Transformers would fill in with random values."""
+    if info["missing_keys"]:
+        raise ConversionError(
+            f"The checkpoint {name!r} lacks {_listed(info['missing_keys'])}, which would be random "
+            "values. It is incomplete, or of a model without an output layer; give a complete "
+            "causal language model."
+        )
+    shapes = (
+        f"{tensor} is {tuple(there)} instead of {tuple(here)}"
+        for tensor, there, here in info["mismatched_keys"]
+    )
+    if info["mismatched_keys"]:
+        raise ConversionError(
+            f"The weights of {name!r} contradict its config.json: {_listed(shapes)}. They belong "
+            "to different models; give a folder with files of one."
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    named = sorted(names)
+    more = f" and {len(named) - LISTED} more" if len(named) > LISTED else ""
+    return ", ".join(named[:LISTED]) + more
 
 
 def _load_tokenizer(name: str, gguf_file: str | None) -> PreTrainedTokenizerBase | None:
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more special
         logger.warning("%s has no tokenizer that can be loaded: %s", name, _first_line(error))
         return None
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -161,7 +229,12 @@ def _load_tokenizer(name: str, gguf_file: str | None) -> PreTrainedTokenizerBase
 
 
 def _first_line(error: BaseException) -> str:
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What an error says first, as a sentence; by the name of its type where it says too little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A field's name stands before the colon, what is wrong with it in the next line.
+    line = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    if not line or not isinstance(error, TELLING):
+        line = f"{type(error).__name__}: {line}".removesuffix(": ")
     return line if line.endswith((".", "!", "?")) else line + "."
 
 
@@ -198,9 +271,11 @@ def _check_finite(model: PreTrainedModel) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
+            cause = "the checkpoint is damaged or its training diverged. Repair it first."
+            if tensor.dtype == torch.float16:
+                cause = "float16 ends at 65,504. Try `dtype` (`--dtype`) float32 or bfloat16."
             raise ConversionError(
-                f"The weight {name!r} holds {count} values that are NaN or infinite; the "
-                "checkpoint is damaged or its training diverged. Repair it first."
+                f"The weight {name!r} holds {count} values that are NaN or infinite; {cause}"
             )
 
 

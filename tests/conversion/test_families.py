@@ -6,7 +6,10 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    GitConfig,
     LlavaConfig,
+    MoshiConfig,
+    Phi4MultimodalConfig,
     T5Config,
 )
 
@@ -120,6 +123,24 @@ def test_what_a_family_does_to_its_logits_is_found(family, changes, transform):
     assert take_apart(tiny_model(family, **changes)).transform == transform
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "changes", "transform"),
+    [
+        ("gpt2", {}, LogitTransform()),
+        ("llama", {}, LogitTransform()),
+        ("mixtral", {}, LogitTransform()),
+        ("gemma2", {"final_logit_softcapping": 0.5}, LogitTransform(1.0, 0.5)),
+        ("granite", {"logits_scaling": 6.0}, LogitTransform(1 / 6)),
+        ("cohere", {"logit_scale": 0.3}, LogitTransform(0.3)),
+        ("falcon_h1", {"lm_head_multiplier": 0.7}, LogitTransform(0.7)),
+        ("recurrent_gemma", {"logits_soft_cap": 3.0}, LogitTransform(1.0, 3.0)),
+    ],
+)
+def test_it_is_found_in_half_precision_too(family, changes, transform, dtype):
+    assert take_apart(tiny_model(family, **changes).to(dtype)).transform == transform
+
+
 def test_an_unknown_transform_is_refused_with_the_difference():
     model = tiny_model("llama")
     inner = model.lm_head.forward
@@ -128,11 +149,42 @@ def test_an_unknown_transform_is_refused_with_the_difference():
         take_apart(model)
 
 
-def test_a_transform_that_the_configuration_does_not_declare_is_refused():
+def scaled(logits, factor):
+    return logits * factor
+
+
+def with_one_shifted(logits, by):
+    logits[..., 7] += by * logits.abs().max()
+    return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("change", "amount"),
+    [(scaled, 1.01), (scaled, 1.02), (scaled, 1.05), (scaled, 1.1), (with_one_shifted, 0.1)],
+)
+def test_a_transform_that_the_configuration_does_not_declare_is_refused(change, amount, dtype):
+    model = tiny_model("llama").to(dtype)
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: change(inner(hidden), amount)
+    with pytest.raises(ConversionError, match="not known here"):
+        take_apart(model)
+
+
+def test_logits_beyond_half_precision_are_refused_by_name():
+    model = tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    assert take_apart(model).transform == LogitTransform()
+    with pytest.raises(ConversionError, match=r"float16 that are not finite.* float32 or bfloat16"):
+        take_apart(model.to(torch.float16))
+
+
+def test_logits_that_are_never_finite_are_refused():
     model = tiny_model("llama")
     inner = model.lm_head.forward
-    model.lm_head.forward = lambda hidden: inner(hidden) * 1.01
-    with pytest.raises(ConversionError, match="not known here"):
+    model.lm_head.forward = lambda hidden: inner(hidden) / 0
+    with pytest.raises(ConversionError, match=r"float32 that are not finite: its weights or its"):
         take_apart(model)
 
 
@@ -141,6 +193,9 @@ def test_a_transform_that_the_configuration_does_not_declare_is_refused():
     [
         (T5Config(), "'t5' is an encoder-decoder"),
         (LlavaConfig(), "'llava' is a multimodal"),
+        (GitConfig(), "'git' is a multimodal"),
+        (Phi4MultimodalConfig(), "'phi4_multimodal' is a multimodal"),
+        (MoshiConfig(), "'moshi' is a multimodal"),
     ],
 )
 def test_other_kinds_are_refused_by_name(config, message):

@@ -3,7 +3,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_vqlogits.conversion.errors import ConversionError
-from hf_vqlogits.conversion.sizes import METHODS, HeadSize, choose_size, codewords_within
+from hf_vqlogits.conversion.sizes import (
+    METHODS,
+    HeadSize,
+    check_size_options,
+    choose_size,
+    codewords_within,
+)
 
 SMOLLM2 = {"vocab_size": 49_152, "hidden_size": 576}
 
@@ -64,6 +70,12 @@ def test_index_sizes():
         ("signs", {"param_reduction": 0.999999}, "cannot be reached .* At most 0.9999"),
         ("signs", {"bits": 0}, "`bits` must be at least 1, got 0"),
         ("signs", {"bits_per_weight": 0.0001}, "less than one bit a token"),
+        ("signs", {"bits": 32 * 576 + 1}, "`bits` 18433 makes codes of more than 32 bits a weight"),
+        (
+            "residual",
+            {"num_codebooks": 10_000, "codebook_size": 4},
+            "`num_codebooks` 10000 makes codes of more than 32 bits a weight at hidden size 576",
+        ),
         ("signs", {"bits": 5, "param_reduction": 0.9}, "both choose the size"),
         ("signs", {"bits": 5, "bits_per_weight": 0.9}, "both choose the size"),
         ("signs", {"num_codebooks": 5}, "`num_codebooks` does not apply to method 'signs'"),
@@ -86,6 +98,50 @@ def test_index_sizes():
 def test_bad_sizes_are_refused(method, options, message):
     with pytest.raises(ConversionError, match=message):
         choose_size(method, **options, **SMOLLM2)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("magic", {}, "`method` must be one of .* got 'magic'"),
+        ("signs", {"param_reduction": 1.5}, "between 0 and 1 .* got 1.5"),
+        ("signs", {"param_reduction": NAN}, "between 0 and 1 .* got nan"),
+        ("signs", {"bits_per_weight": NAN}, "`bits_per_weight` must lie above 0 .* got nan"),
+        ("signs", {"bits_per_weight": INFINITY}, "be at most 32, got inf"),
+        ("signs", {"bits_per_weight": -1.0}, "`bits_per_weight` must lie above 0 .* got -1.0"),
+        ("signs", {"bits": -3}, "`bits` must be at least 1, got -3"),
+        ("residual", {"num_codebooks": 0}, "`num_codebooks` must be at least 1, got 0"),
+        ("kmeans", {"codebook_size": 0}, "`codebook_size` must be at least 1, got 0"),
+        ("signs", {"bits": 5, "param_reduction": 0.9}, "both choose the size"),
+        ("signs", {"codebook_size": 5}, "`codebook_size` does not apply to method 'signs'"),
+        ("kmeans", {"num_codebooks": 2}, "has one codebook, but `num_codebooks` is 2"),
+        ("kmeans", {"codebook_size": 5, "param_reduction": 0.9}, "both choose the size"),
+    ],
+)
+def test_what_no_model_allows_is_refused_without_one(method, options, message):
+    with pytest.raises(ConversionError, match=message):
+        check_size_options(method, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_size_is_checked_against_the_model_only_later(method):
+    check_size_options(method)
+    check_size_options(method, param_reduction=0.999999)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (HeadSize("sign", 9, 2), 100 * 2 + 9 * 33 * 4 + 2 * 32 * 4),
+        (HeadSize("index", 3, 256), 100 * 3 + 3 * 256 * 33 * 4 + 2 * 32 * 4),
+        (HeadSize("index", 1, 257), 100 * 4 + 257 * 33 * 4 + 2 * 32 * 4),
+    ],
+)
+def test_bytes_of_a_head(size, expected):
+    assert size.stored_bytes(vocab_size=100, hidden_size=32, itemsize=4) == expected
 
 
 def test_codewords_within_is_exact_at_round_numbers():
