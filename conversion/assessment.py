@@ -42,7 +42,7 @@ def assess(
     """
     parts, corpus = quantiser.parts, quantiser.corpus
     dtype = parts.weight.dtype
-    before = sum(p.numel() * p.element_size() for p in source.model.parameters())
+    before = model_size(source.model)
     for one in (head, *rungs.values()):
         one.to(dtype)
     model = assemble(parts, quantiser.config(size), head)
@@ -52,7 +52,7 @@ def assess(
         times = logit_times(parts.weight, parts.bias, head)
         rung_times = {s: logit_times(parts.weight, parts.bias, h) for s, h in rungs.items()}
     vocab_size, hidden_size = parts.weight.shape
-    storage = head.storage()
+    storage, after = head.storage(), model_size(model)
     dense_parameters = vocab_size * hidden_size
     bias_parameters = 0 if parts.bias is None else vocab_size
     dense, quantised = scores["dense"], scores[QUANTISED]
@@ -79,7 +79,8 @@ def assess(
             "codes_bytes": storage["codes_bytes"],
             "codebook_bytes": storage["codebook_bytes"],
         },
-        model_bytes={"before": before, "after": _model_bytes(model)},
+        model_parameters={"before": before[0], "after": after[0]},
+        model_bytes={"before": before[1], "after": after[1]},
         embeddings=_embeddings(parts.tied),
         tied_before=parts.tied,
         perplexity={
@@ -135,9 +136,14 @@ def _scores(
     )
 
 
-def _model_bytes(model: torch.nn.Module) -> int:
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def model_size(model: torch.nn.Module) -> tuple[int, int]:
+    """Parameters, and bytes of all that a checkpoint stores: these and persistent buffers.
+
+    A tensor of several names (a tied embedding) counts once.
+    """
+    stored = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    size = sum(t.numel() * t.element_size() for t in stored.values())
+    return sum(p.numel() for p in model.parameters()), size
 
 
 def _embeddings(tied: bool) -> str:

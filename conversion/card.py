@@ -3,20 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import transformers
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from .report import LADDER_COLUMNS, ConversionReport, ladder_cells
 
 PLOT_FILE = "vq_report.png"
 CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-base_model: {source}
-tags: [vq-logits, vector-quantisation]
+{metadata}
 ---
 
 # {title}
 
 {source} with its dense output layer replaced by a vector-quantised one ({codes}). Made by
-`convert_to_vq` of the package `hf_vqlogits`, without training unless stated below.
+`convert_to_vq` of the package `hf_vqlogits`, {training}.
 
 ```python
 import hf_vqlogits  # registers the model type
@@ -43,8 +45,19 @@ def model_card(report: ConversionReport) -> str:
         cells = [ladder_cells(rung) for rung in report.ladder]
         ladder = f"\nSizes that were compared:\n\n{_table(LADDER_COLUMNS, cells)}\n"
     notes = "".join(f"- {note}\n" for note in report.notes)
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=hub_name(report.source),
+        tags=["vq-logits", "vector-quantisation"],
+    )
+    training = "without training"
+    if report.distillation is not None:
+        training = f"with its codebook trained by distillation ({report.distillation})"
     return CARD.format(
-        source=report.source,
+        metadata=metadata.to_yaml(),
+        source=shown_name(report.source),
+        training=training,
         title=Path(report.output or "model").name,
         codes=dict(report.facts())["method, codes"],
         before_after=_table(("", "before", "after"), report.rows()),
@@ -53,6 +66,22 @@ def model_card(report: ConversionReport) -> str:
         ladder=ladder,
         notes=f"\nNotes:\n\n{notes}" if notes else "",
     )
+
+
+def hub_name(source: str) -> str | None:
+    """What the hub calls the source model; None for a folder, or a model object without a name."""
+    if Path(source).exists() or hasattr(transformers, source):
+        return None
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return None
+    return source
+
+
+def shown_name(source: str) -> str:
+    """Name of the source model for readers elsewhere: of a folder the last part alone."""
+    return hub_name(source) or Path(source).name or source
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -90,7 +119,9 @@ def plot(report: ConversionReport, path: Path) -> None:
         axis.margins(y=0.15)
     if report.ladder:
         _plot_ladder(axes[-1], report)
-    figure.suptitle(f"{report.source}, {report.bits_per_token:,} bits a token", fontsize=11)
+    figure.suptitle(
+        f"{shown_name(report.source)}, {report.bits_per_token:,} bits a token", fontsize=11
+    )
     figure.savefig(path, dpi=120)
 
 

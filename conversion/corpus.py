@@ -1,9 +1,10 @@
 """The token blocks that a conversion calibrates on, and those that it is judged by."""
 
 import logging
+import math
+import os
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .errors import ConversionError
@@ -25,8 +26,9 @@ CONTEXT = 512
 EVALUATION_TOKENS = 25_000
 LIMITS = ("max_position_embeddings", "max_seq_len")  # names of a family's longest context; MPT
 SELF = "self"
-SELF_TOKENS = 40_000  # what a model can write on two cores in a few minutes
+SELF_TOKENS = 40_000  # what a model can write unasked: a few minutes on two cores
 HELD_OUT = 0.2
+CHARACTERS = 16  # read for each token wanted; prose has three to six
 
 
 @dataclass
@@ -59,44 +61,56 @@ class Corpus:
 def prepare_corpus(
     source: Source,
     *,
-    calibration_data: str | None,
+    calibration_data: str | os.PathLike[str] | None,
     calibration_tokens: int,
-    eval_data: str | None,
+    eval_data: str | os.PathLike[str] | None,
     seed: int,
     show_progress: bool,
 ) -> Corpus:
     """Read, or let the model write, the text of a conversion.
 
+    Of a long text only the beginning is read, `CHARACTERS` for each token wanted.
+
     Args:
         source: model and tokenizer.
         calibration_data: see [`convert_to_vq`].
-        calibration_tokens: how many to use at most.
+        calibration_tokens: how many to use at most; of text that the model writes unasked, for
+            want of any other, at most `SELF_TOKENS`.
         eval_data: see [`convert_to_vq`].
         seed: of the model's own text.
         show_progress: show a bar while the model writes.
 
     Raises:
-        ConversionError: a text cannot be had or is too short, or there is no tokenizer to read it.
+        ConversionError: a text cannot be had or is too short, there is no tokenizer to read it, or
+            `calibration_tokens` is less than a row of it.
     """
+    asked = None if calibration_data is None else os.fspath(calibration_data)
+    held_name = None if eval_data is None else os.fspath(eval_data)
     context = min([CONTEXT, *(getattr(source.model.config, n, None) or CONTEXT for n in LIMITS)])
     notes: list[str] = []
     prefix = [] if source.tokenizer is None else prefix_ids(source.tokenizer)
     unscored = max(0, len(prefix) - 1)
-    text = None
-    if calibration_data != SELF:
-        text = _calibration_text(source, calibration_data, notes)
-    held_text = None if eval_data is None else load_text(eval_data)
+    characters = _characters(calibration_tokens, split=held_name is None)
+    text = None if asked == SELF else _calibration_text(source, asked, characters, notes)
+    held_text = None
+    if held_name is not None:
+        held_text = load_text(held_name, max_characters=CHARACTERS * EVALUATION_TOKENS)
     if text is None:
+        if asked is None:
+            calibration_tokens = _own_tokens(calibration_tokens, notes)
         calibration, evaluation = _own_text(
-            source, min(calibration_tokens, SELF_TOKENS), context, prefix, seed, show_progress
+            source, calibration_tokens, context, prefix, seed, show_progress
         )
-        name = "text written by the model itself"
+        name = read = "text written by the model itself"
     else:
-        name = calibration_data or WIKITEXT
+        name = read = asked or WIKITEXT
+        _check_tokens(calibration_tokens, context, prefix, name)
+        if len(text) >= characters:
+            read = f"the first {len(text):,} characters of {name}"
         if held_text is None:
             text, held_text = split_lines(text, 1 - HELD_OUT)
         calibration = _read(source, text, calibration_tokens, context, prefix, name)
-    evaluation_name = eval_data or f"a held-out fifth of {name}"
+    evaluation_name = held_name or f"a held-out fifth of {read}"
     if held_text is not None:
         evaluation = _read(source, held_text, EVALUATION_TOKENS, context, prefix, evaluation_name)
     else:
@@ -104,16 +118,45 @@ def prepare_corpus(
     return Corpus(calibration, evaluation, name, evaluation_name, notes, unscored)
 
 
-def _calibration_text(source: Source, wanted: str | None, notes: list[str]) -> str | None:
+def _characters(calibration_tokens: int, *, split: bool) -> int:
+    """How much of the calibration text to read, where it is `split` for evaluation as well."""
+    tokens = float(calibration_tokens)
+    if split:
+        tokens = max(tokens / (1 - HELD_OUT), EVALUATION_TOKENS / HELD_OUT)
+    return math.ceil(CHARACTERS * tokens)
+
+
+def _check_tokens(tokens: int, context: int, prefix: list[int], name: str) -> None:
+    least = context + 1 - len(prefix)
+    if tokens < least:
+        raise ConversionError(
+            f"`calibration_tokens` {tokens:,} is less than a row of {name}, a context of {context} "
+            f"positions: at least {least:,} tokens are needed; give a larger number."
+        )
+
+
+def _own_tokens(tokens: int, notes: list[str]) -> int:
+    """How many tokens the model writes where nobody asked for its text."""
+    if tokens > SELF_TOKENS:
+        notes.append(
+            f"the model wrote {SELF_TOKENS:,} tokens, not {tokens:,}, as writing is slow; "
+            "--calibration-data self makes it write as many as --calibration-tokens says"
+        )
+    return min(tokens, SELF_TOKENS)
+
+
+def _calibration_text(
+    source: Source, wanted: str | None, characters: int, notes: list[str]
+) -> str | None:
     """The text asked for; without a wish WikiText-2, or None where the model must write it."""
     if wanted is not None:
-        return load_text(wanted)
+        return load_text(wanted, max_characters=characters)
     if source.tokenizer is None:
         notes.append("there is no tokenizer, so the model wrote its own calibration text")
         return None
     try:
         with offline_unless_answered(WIKITEXT.split(":")[0]):
-            return load_text(WIKITEXT)
+            return load_text(WIKITEXT, max_characters=characters)
     except ConversionError as error:
         logger.warning("%s The model writes its own calibration text instead.", error)
         notes.append(
@@ -138,16 +181,14 @@ def _read(
 def _own_text(
     source: Source, tokens: int, context: int, prefix: list[int], seed: int, show_progress: bool
 ) -> tuple[Tensor, Tensor]:
-    """Calibration and evaluation rows that the model wrote."""
+    """Calibration and evaluation rows that the model wrote, at least one of each."""
     rows = sample_token_ids(
         source.model,
-        tokens=tokens,
+        tokens=max(tokens, context - len(prefix) + 1),
         context=context,
         prefix=prefix,
         seed=seed,
         progress=show_progress,
     )
     held = max(1, int(len(rows) * HELD_OUT))
-    if len(rows) < 2:
-        rows = torch.cat([rows, rows])  # one row has to serve for both
     return rows[:-held], rows[-held:]

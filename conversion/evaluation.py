@@ -18,12 +18,10 @@ class TextScore:
     Attributes:
         nats: negative log-likelihood, summed over the tokens scored.
         tokens: tokens scored; all but the first.
-        greedy: most likely token in the place of each scored one, int64 (tokens,), where asked for.
     """
 
     nats: float
     tokens: int
-    greedy: Tensor | None = None
 
     @property
     def nats_per_token(self) -> float:
@@ -34,10 +32,6 @@ class TextScore:
     def perplexity(self) -> float:
         """Exponential of the nats a token."""
         return exp(self.nats_per_token)
-
-    def word_perplexity(self, words: int) -> float:
-        """Perplexity of each of so many words: the same nats, so tokenizers can be compared."""
-        return exp(self.nats / words)
 
 
 def exp(nats: float) -> float:
@@ -54,7 +48,6 @@ def perplexity(
     stride: int | None = None,
     prefix: Sequence[int] = (),
     batch_size: int = 4,
-    keep_greedy: bool = False,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> TextScore:
     """Score every token but the first, each once, in windows of `context` positions.
@@ -72,7 +65,6 @@ def perplexity(
         prefix: p tokens that the tokenizer puts before every text, from [`text.prefix_ids`].
         batch_size: windows at a time. The model's logits of a batch, batch_size x context x V, are
             all the memory that is used; nothing grows with the text.
-        keep_greedy: also return the most likely tokens, to compare two models.
         progress: wraps the iteration over batches.
 
     Returns:
@@ -101,7 +93,7 @@ def perplexity(
     new = ends.diff(prepend=torch.tensor([0]))  # labels of each window not scored before
     offsets = torch.arange(length + 1)
     first = input_ids.new_tensor(prefix)
-    nats, greedy = 0.0, []
+    nats = 0.0
     was_training = model.training
     model.eval()
     try:
@@ -110,19 +102,14 @@ def perplexity(
             windows = torch.cat([first.expand(len(batch), -1), windows], 1).to(model.device)
             logits = model(windows[:, :-1], use_cache=False).logits  # (B, p + length, V)
             for rows, ids, count in zip(logits, windows, new[batch].tolist(), strict=True):
-                best, loss = _score(rows[-count:], ids[-count:], keep_greedy)
-                nats += loss
-                greedy += best
+                nats += _nats(rows[-count:], ids[-count:])
     finally:
         model.train(was_training)
-    return TextScore(nats, labels, torch.cat(greedy) if keep_greedy else None)
+    return TextScore(nats, labels)
 
 
-def _score(logits: Tensor, labels: Tensor, keep_greedy: bool) -> tuple[list[Tensor], float]:
-    nats, greedy = 0.0, []
+def _nats(logits: Tensor, labels: Tensor) -> float:
+    nats = 0.0
     for some, their in zip(logits.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
-        loss = torch.nn.functional.cross_entropy(some.float(), their, reduction="sum")
-        nats += float(loss)
-        if keep_greedy:
-            greedy.append(some.argmax(-1).cpu())
-    return greedy, nats
+        nats += float(torch.nn.functional.cross_entropy(some.float(), their, reduction="sum"))
+    return nats

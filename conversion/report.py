@@ -1,6 +1,7 @@
 """What a conversion did, as one object behind terminal, JSON, model card and plot."""
 
 import json
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,15 @@ class ConversionReport:
         param_reduction: 1 - floats of codebook and biases / (V d), as the paper counts.
         head_before: `parameters` and `bytes` of the dense output layer.
         head_after: `parameters`, `bytes`, and of these `codes_bytes` and `codebook_bytes`.
-        model_bytes: `before` and `after`, of the whole model.
+        model_parameters: `before` and `after`, of the whole model; codes are none.
+        model_bytes: `before` and `after`, of all that a checkpoint stores.
         embeddings: what became of the input embedding.
         tied_before: input and output shared one table.
         perplexity: `before`, `after` and their ratio `factor`; None without text.
         perplexity_bound: with one index codebook, the perplexity that no training can go below.
         greedy_agreement: share of positions where the most likely token stayed the same.
         logit_seconds: for one row, `dense_float32`, `dense_bfloat16`, `quantised`.
-        calibration: `source`, `tokens`, and share of the vocabulary never predicted.
+        calibration: `source` and `tokens`.
         evaluation: `source`, `tokens`, `context`.
         fit: what the method tells of itself.
         seconds: time of each step.
@@ -77,6 +79,7 @@ class ConversionReport:
     param_reduction: float
     head_before: dict[str, int]
     head_after: dict[str, int]
+    model_parameters: dict[str, int]
     model_bytes: dict[str, int]
     embeddings: str
     tied_before: bool
@@ -125,7 +128,13 @@ class ConversionReport:
             (
                 "output layer, bytes (codes counted)",
                 megabytes(before["bytes"]),
-                f"{megabytes(after['bytes'])} ({ratio(before['bytes'], after['bytes'])} smaller)",
+                f"{megabytes(after['bytes'])} "
+                f"({ratio(before['bytes'], after['bytes'], 'smaller', 'larger')})",
+            ),
+            (
+                "whole model, parameters",
+                f"{self.model_parameters['before']:,}",
+                f"{self.model_parameters['after']:,}",
             ),
             (
                 "whole model, bytes",
@@ -144,16 +153,12 @@ class ConversionReport:
         if self.greedy_agreement is not None:
             rows.append(("same most likely token", "", f"{self.greedy_agreement:.1%}"))
         if times:
-            quantised = times["quantised"]
-            speeds = " / ".join(
-                ratio(times[f"dense_{name}"], quantised) for name in ("float32", "bfloat16")
-            )
             rows.append(
                 (
                     "logits of one row (dense: float32 / bfloat16)",
                     f"{milliseconds(times['dense_float32'])} / "
                     f"{milliseconds(times['dense_bfloat16'])}",
-                    f"{milliseconds(quantised)} ({speeds} faster)",
+                    f"{milliseconds(times['quantised'])} ({_speeds(times)})",
                 )
             )
         if self.perplexity_bound is not None:
@@ -161,6 +166,17 @@ class ConversionReport:
                 ("least perplexity that one codebook allows", "", f"{self.perplexity_bound:.2f}")
             )
         return rows
+
+    @property
+    def distillation(self) -> str | None:
+        """How the codebook was trained, or None where it was not."""
+        done = self.fit.get("distillation")
+        if done is None:
+            return None
+        return (
+            f"{done['steps']:,} steps; divergence from the dense layer {done['kl_before']:.3g} -> "
+            f"{done['kl_after']:.3g} nats a token, on text kept out of it"
+        )
 
     def facts(self) -> list[tuple[str, str]]:
         """Lines about the head and how it was made."""
@@ -180,6 +196,8 @@ class ConversionReport:
         for name, text in (("calibration", self.calibration), ("evaluation", self.evaluation)):
             if text is not None:
                 facts.append((name, f"{text['source']}, {text['tokens']:,} tokens"))
+        if self.distillation is not None:
+            facts.append(("distillation", self.distillation))
         times = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
         return [*facts, ("time", times), ("seed", str(self.seed))]
 
@@ -203,14 +221,15 @@ class ConversionReport:
     def _ladder_table(self) -> Table:
         table = Table(title="sizes to choose from", title_justify="left")
         for name in LADDER_COLUMNS:
-            table.add_column(name, justify="right")
+            header = textwrap.fill(name, 7, break_long_words=False)  # within 80 columns
+            table.add_column(header, justify="right", overflow="fold")
         for rung in self.ladder:
             table.add_row(*ladder_cells(rung))
         return table
 
 
 LADDER_COLUMNS = (
-    "reduction",
+    "saved",
     "bits a token",
     "bits a weight",
     "bytes",
@@ -242,9 +261,26 @@ def megabytes(count: int) -> str:
 
 def milliseconds(seconds: float) -> str:
     """Seconds as milliseconds."""
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{_digits(seconds * 1e3)} ms"
 
 
-def ratio(before: float, after: float) -> str:
-    """How many times smaller `after` is."""
-    return f"{before / after:.3g}x"
+def ratio(before: float, after: float, less: str, more: str) -> str:
+    """How many times `after` is less or more than `before`: `"16.4x smaller"`."""
+    if after <= before:
+        return f"{_digits(before / after)}x {less}"
+    return f"{_digits(after / before)}x {more}"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, without an exponent for large values."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
+def _speeds(times: dict[str, float]) -> str:
+    """The quantised layer's speed against the dense ones: `"20x / 16x faster"`."""
+    first, second = (
+        ratio(times[f"dense_{name}"], times["quantised"], "faster", "slower")
+        for name in ("float32", "bfloat16")
+    )
+    factor, word = first.split()
+    return f"{factor if second.endswith(word) else first} / {second}"

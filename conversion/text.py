@@ -177,14 +177,17 @@ def split_lines(text: str, fraction: float) -> tuple[str, str]:
     Raises:
         ConversionError: there are too few lines for two parts.
     """
-    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
-    first = int(len(lines) * fraction)
-    if not 0 < first < len(lines):
+    lines = text.count("\n") + bool(text and not text.endswith("\n"))
+    first = int(lines * fraction)
+    if not 0 < first < lines:
         raise ConversionError(
-            f"A text of {len(lines)} lines cannot be split into {fraction:.0%} and a held-out "
+            f"A text of {lines} lines cannot be split into {fraction:.0%} and a held-out "
             "rest; give evaluation text of its own, or text with more lines."
         )
-    return "".join(lines[:first]), "".join(lines[first:])
+    end = 0
+    for _ in range(first):
+        end = text.index("\n", end) + 1
+    return text[:end], text[end:]
 
 
 def tokenize(

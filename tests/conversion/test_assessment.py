@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_models import tiny_model
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -48,3 +50,27 @@ def test_what_is_no_text_is_not_scored(calibration_data, tokenizer, tiny_folder,
     sizes = report.model.lm_head.codes[:, 0].long().bincount()
     shared = sizes[code].double()
     assert report.perplexity_bound == pytest.approx(math.exp(shared.log().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sizes_of_the_model_are_those_of_its_checkpoint(tied, tmp_path):
+    """Buffers that no checkpoint stores, the rotary frequencies here, count nowhere."""
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "dense")
+    report = convert_to_vq(
+        model,
+        output=tmp_path / "vq",
+        method="kmeans",
+        codebook_size=20,
+        calibration_data="self",
+        calibration_tokens=500,
+    )
+    buffers = {"lm_head.codes", "lm_head.hidden_mean", "lm_head.fold_direction"}
+    for when, folder in (("before", "dense"), ("after", "vq")):
+        tensors = load_file(tmp_path / folder / "model.safetensors")
+        assert report.model_bytes[when] == sum(t.nbytes for t in tensors.values())
+        parameters = sum(t.numel() for name, t in tensors.items() if name not in buffers)
+        assert report.model_parameters[when] == parameters
+    saved = report.model_parameters["before"] - report.model_parameters["after"]
+    dense = 0 if tied else report.head_before["parameters"]
+    assert saved == dense - report.head_after["parameters"]

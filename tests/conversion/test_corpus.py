@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_vqlogits.conversion import corpus
 from hf_vqlogits.conversion.corpus import prepare_corpus
+from hf_vqlogits.conversion.errors import ConversionError
 from hf_vqlogits.conversion.source import Source
 from hf_vqlogits.conversion.text import split_lines, tokenize
 
@@ -87,6 +88,92 @@ def test_without_a_tokenizer_rows_begin_with_a_random_token(source):
     assert found.notes == ["there is no tokenizer, so the model wrote its own calibration text"]
 
 
+def test_own_text_is_as_long_as_asked_for(source, monkeypatch):
+    """Only where nobody asked for it is it kept short, and that is told."""
+    monkeypatch.setattr(corpus, "SELF_TOKENS", 1_000)
+    made = source("$A")
+    asked = {**OPTIONS, "calibration_data": "self", "calibration_tokens": 1_400}
+    found = prepare_corpus(made, **asked)
+    assert len(found.calibration) + len(found.evaluation) == -(-1_400 // 64)
+    assert found.notes == []
+    made.tokenizer = None
+    found = prepare_corpus(made, **{**asked, "calibration_data": None})
+    assert len(found.calibration) + len(found.evaluation) == -(-1_000 // 64)
+    assert "the model wrote 1,000 tokens, not 1,400" in found.notes[1]
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_own_text_judged_is_never_that_calibrated_on(source, tokens):
+    asked = {"calibration_data": "self", "calibration_tokens": tokens}
+    found = prepare_corpus(source("<bos> $A"), **{**OPTIONS, **asked})
+    assert found.calibration.shape == found.evaluation.shape == (1, 65)
+    assert not torch.equal(found.calibration, found.evaluation)
+
+
+@pytest.mark.parametrize(("template", "least"), [("$A", 65), ("<mask> <bos> $A", 63)])
+def test_fewer_tokens_asked_for_than_a_row(source, text_file, template, least):
+    made = source(template)
+    asked = {**OPTIONS, "calibration_data": str(text_file)}
+    with pytest.raises(
+        ConversionError,
+        match=f"`calibration_tokens` {least - 1} is less than a row .* 64 positions: at least "
+        f"{least} tokens are needed; give a larger number",
+    ):
+        prepare_corpus(made, **{**asked, "calibration_tokens": least - 1})
+    assert len(prepare_corpus(made, **{**asked, "calibration_tokens": least}).calibration) == 1
+
+
+class TestLongText:
+    """The beginning is read, and never the end."""
+
+    def test_both_parts_come_from_what_is_read(self, source, text, tmp_path):
+        (tmp_path / "long.txt").write_text(text * 22 + "\0")  # 2.2 million characters
+        made = source("$A")
+        found = prepare_corpus(made, **{**OPTIONS, "calibration_data": tmp_path / "long.txt"})
+        read = (text * 22)[: 2 << 20]
+        assert found.evaluation_source == (
+            f"a held-out fifth of the first {2 << 20:,} characters of {tmp_path / 'long.txt'}"
+        )
+        first, last = (tokenize(part, made.tokenizer, 25_000) for part in split_lines(read, 0.8))
+        assert torch.equal(found.calibration[:, 0], first[: 46 * 64 : 64])
+        assert torch.equal(found.evaluation[:, 0], last[: 390 * 64 : 64])
+
+    def test_a_short_one_is_read_to_its_end(self, source, text_file):
+        found = prepare_corpus(source("$A"), **{**OPTIONS, "calibration_data": str(text_file)})
+        assert found.evaluation_source == f"a held-out fifth of {text_file}"
+
+    def test_more_is_read_for_more_tokens(self):
+        asked = (1, 100_000, 200_000)
+        assert [corpus._characters(n, split=True) for n in asked] == [
+            2_000_000,
+            2_000_000,
+            4_000_000,
+        ]
+        assert [corpus._characters(n, split=False) for n in asked] == [16, 1_600_000, 3_200_000]
+
+    def test_text_to_judge_by(self, source, text, text_file, tmp_path):
+        (tmp_path / "long.txt").write_text(text * 11 + "\0")  # 1.1 million characters
+        asked = {"calibration_data": str(text_file), "eval_data": tmp_path / "long.txt"}
+        found = prepare_corpus(source("$A"), **{**OPTIONS, **asked})
+        assert found.evaluation_source == str(tmp_path / "long.txt")
+        assert len(found.evaluation) == 25_000 // 64
+
+    def test_data_set(self, source, text, monkeypatch):
+        def rows():
+            for _ in range(40):
+                yield {"text": text}
+            raise AssertionError("read on after four million characters")
+
+        class Builder:
+            class info:
+                download_size = 2 << 30
+
+        monkeypatch.setattr("datasets.load_dataset_builder", lambda *_: Builder)
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
+        found = prepare_corpus(source("$A"), **{**OPTIONS, "calibration_data": "org/large"})
+        assert len(found.calibration) == 46
+
+
 class TestDefaultText:
     """Where the hub is, nobody listens."""
 
@@ -102,7 +189,7 @@ class TestDefaultText:
     def test_is_soon_given_up(self, source, caplog):
         start = time.perf_counter()
         notes = []
-        assert corpus._calibration_text(source("$A"), None, notes) is None
+        assert corpus._calibration_text(source("$A"), None, 1_000, notes) is None
         assert time.perf_counter() - start < 10  # it is well below one; left alone, over twenty
         assert "WikiText-2 could not be had" in notes[0]
         assert "writes its own calibration text" in caplog.text
@@ -121,6 +208,6 @@ class TestDefaultText:
         (folder / "dataset_info.json").write_text(json.dumps(info))
         start = time.perf_counter()
         notes = []
-        assert corpus._calibration_text(source("$A"), None, notes) == "one line\nanother\n"
+        assert corpus._calibration_text(source("$A"), None, 1_000, notes) == "one line\nanother\n"
         assert time.perf_counter() - start < 10
         assert notes == []

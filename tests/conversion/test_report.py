@@ -1,10 +1,18 @@
 import json
 
 import pytest
+from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from hf_vqlogits.conversion.card import model_card, plot
-from hf_vqlogits.conversion.report import ConversionReport, LadderRung, megabytes
+from hf_vqlogits.conversion.report import (
+    ConversionReport,
+    LadderRung,
+    megabytes,
+    milliseconds,
+    ratio,
+)
 
 
 @pytest.fixture
@@ -29,6 +37,7 @@ def report():
             "codes_bytes": 6_332_382,
             "codebook_bytes": 3_085_228,
         },
+        model_parameters={"before": 124_439_808, "after": 125_211_115},
         model_bytes={"before": 497_759_232, "after": 507_176_842},
         embeddings="kept dense",
         tied_before=True,
@@ -58,11 +67,15 @@ def test_json_holds_everything_but_the_model(report, rung):
     assert report.model is not None
 
 
+def printed(report, width):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    report.print(console)
+    return console.export_text()
+
+
 def test_terminal_shows_before_and_after(report, rung):
     report.ladder = [rung]
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
-    report.print(console)
-    shown = console.export_text()
+    shown = printed(report, 200)
     for part in (
         "-98.00%",
         "16.4x smaller",
@@ -74,16 +87,116 @@ def test_terminal_shows_before_and_after(report, rung):
         "a note",
     ):
         assert part in shown, part
+    assert "distillation" not in shown
+
+
+def test_parameters_of_the_whole_model(report):
+    rows = {name: values for name, *values in report.rows()}
+    assert rows["whole model, parameters"] == ["124,439,808", "125,211,115"]
+    assert report.to_dict()["model_parameters"] == {"before": 124_439_808, "after": 125_211_115}
+
+
+@pytest.mark.parametrize(
+    ("dense", "words"),
+    [
+        ((5e-3, 4e-3), "1 ms (5x / 4x faster)"),
+        ((2e-4, 5e-4), "1 ms (5x / 2x slower)"),
+        ((2e-3, 1e-4), "1 ms (2x faster / 10x slower)"),
+        ((2.5, 1e-4), "1 ms (2,500x faster / 10x slower)"),
+    ],
+)
+def test_a_slower_head_is_called_slower(report, dense, words):
+    report.logit_seconds = {
+        "dense_float32": dense[0],
+        "dense_bfloat16": dense[1],
+        "quantised": 1e-3,
+    }
+    assert words in [row[2] for row in report.rows()]
+
+
+def test_a_larger_head_is_called_larger(report):
+    report.head_before["bytes"] = report.head_after["bytes"] // 2
+    assert "9.4 MB (2x larger)" in [row[2] for row in report.rows()]
+
+
+def test_ladder_fits_80_columns(report):
+    report.ladder = [
+        LadderRung(0.995, 250, 0.3255, 3_100_000, 1036.04, 12.3456, 0.8, 1.5e-4),
+        LadderRung(0.96, 12_007, 2.6133, 154_389_504, 31.5, 1.05, 0.91, 12.5e-3),
+    ]
+    lines = printed(report, 80).splitlines()
+    [start] = (i for i, line in enumerate(lines) if line.startswith("sizes to choose from"))
+    above, header, _, first, second = (
+        [cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")]
+        for line in lines[start + 2 : start + 7]
+    )
+    names = [f"{one} {two}".strip() for one, two in zip(above, header, strict=True)]
+    assert names == [
+        *("saved", "bits a token", "bits a weight", "bytes"),
+        *("perplexity", "factor", "same token", "one row"),
+    ]
+    assert first == [
+        *("99.5%", "250", "0.33", "3.1 MB"),
+        *("1036.04", "x12.346", "80.0%", "0.15 ms"),
+    ]
+    assert second == [
+        *("96.0%", "12,007", "2.61", "154.4 MB"),
+        *("31.50", "x1.050", "91.0%", "12.5 ms"),
+    ]
 
 
 def test_card_is_markdown_with_front_matter(report, rung):
     report.ladder = [rung]
     card = model_card(report)
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "base_model: gpt2" in card
+    assert ModelCard(card).data.to_dict() == {
+        "base_model": "gpt2",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["vq-logits", "vector-quantisation"],
+    }
+    assert "gpt2 with its dense output layer" in card
     assert 'from_pretrained("gpt2-vq")' in card
     assert "| perplexity, held-out text | 30.00 | 31.50 (x1.050) |" in card
+    assert "| whole model, parameters | 124,439,808 | 125,211,115 |" in card
     assert "| 99.0% | 501 |" in card
+
+
+@pytest.mark.parametrize(
+    ("source", "base"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("0123", "0123"),  # which YAML would read as a number
+        ("/home/someone/private/tiny", None),
+        ("./tiny", None),
+        ("private/tiny", None),  # a folder here
+        ("~/tiny", None),
+        ("GPT2LMHeadModel", None),  # a model object without a name
+    ],
+)
+def test_card_names_the_base_model_only_by_its_name_on_the_hub(
+    report, source, base, tmp_path, monkeypatch
+):
+    (tmp_path / "private" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    report.source = source
+    card = model_card(report)
+    assert ModelCard(card).data.base_model == base
+    if base is None:
+        assert "private" not in card
+        assert f"{source.split('/')[-1]} with its dense output layer" in card
+
+
+def test_card_tells_of_training(report):
+    card = model_card(report)
+    assert "without training." in card
+    assert "distillation" not in card
+    report.fit["distillation"] = {"steps": 1_200, "kl_before": 0.12345, "kl_after": 0.05}
+    told = "1,200 steps; divergence from the dense layer 0.123 -> 0.05 nats a token"
+    card = model_card(report)
+    assert "without training" not in card
+    assert f"its codebook trained by distillation ({told}" in card
+    assert f"- distillation: {told}" in card
+    assert told in printed(report, 200)
 
 
 def test_reports_without_text_or_times(report, tmp_path):
@@ -95,13 +208,56 @@ def test_reports_without_text_or_times(report, tmp_path):
     plot(report, tmp_path / "plot.png")
 
 
-@pytest.mark.parametrize("ladder", [False, True])
-def test_plot_is_a_picture(report, rung, ladder, tmp_path):
-    report.ladder = [rung, rung] if ladder else []
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    figures, save = [], Figure.savefig
+
+    def record(figure, *args, **kwargs):
+        figures.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
+
+
+def test_plot_draws_bars_before_and_after(report, drawn, tmp_path):
     plot(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    [figure] = drawn
+    assert figure.get_suptitle() == "gpt2, 1,003 bits a token"
+    panels = {axis.get_title(): [bar.get_height() for bar in axis.patches] for axis in figure.axes}
+    assert panels == {
+        "output layer, MB": pytest.approx([154.389504, 9.41761]),
+        "logits of one row, ms": pytest.approx([5, 0.25]),
+        "perplexity": pytest.approx([30, 31.5]),
+    }
+    for axis in figure.axes:
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["dense", "VQ-Logits"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["154", "9.42"]
+
+
+def test_plot_draws_a_point_for_every_rung(report, rung, drawn, tmp_path):
+    small = LadderRung(0.995, 250, 0.33, 3_000_000, 60.0, 2.0, 0.6, 1e-4)
+    large = LadderRung(0.96, 2_007, 2.61, 9_000_000, 31.5, 1.05, 0.91, 3e-4)
+    report.ladder = [large, small, rung]
+    plot(report, tmp_path / "plot.png")
+    axis = drawn[0].axes[-1]
+    assert len(drawn[0].axes) == 4
+    assert axis.get_title() == "perplexity factor"
+    assert axis.get_xlabel() == "output layer, MB"
+    points = axis.lines[0].get_xydata().tolist()
+    assert points == [[3.0, 2.0], [5.0, 1.2], [9.0, 1.05]]
+    assert [label.get_text() for label in axis.texts] == ["99.5%", "99.0%", "96.0%"]
+    assert [list(label.xy) for label in axis.texts] == points
 
 
 def test_units():
     assert megabytes(154_389_504) == "154.4 MB"
     assert megabytes(1_500) == "1.5 kB"
+    assert [milliseconds(s) for s in (0.00012345, 0.9994, 12.5)] == [
+        "0.123 ms",
+        "999 ms",
+        "12,500 ms",
+    ]
+    assert ratio(3, 3, "less", "more") == "1x less"

@@ -3,11 +3,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sign_problems import hidden_states, problem
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_vqlogits.conversion import sign_codebook, sign_greedy
-from hf_vqlogits.conversion.calibration import weight_only_statistics
+from hf_vqlogits.conversion import sign_codebook, sign_greedy, signs
+from hf_vqlogits.conversion.calibration import StatisticsAccumulator, weight_only_statistics
 from hf_vqlogits.conversion.signs import SignFitter, fit_signs
 from hf_vqlogits.ops import unpack_signs
+
+
+class LargestFloats(TorchDispatchMode):
+    """Records the largest number of floats that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                if 0 not in tensor.stride():  # not spread out in memory
+                    self.elements = max(self.elements, tensor.numel())
+        return result
 
 
 def logits(fit, hidden):
@@ -99,6 +114,34 @@ def test_tiles_and_blocks_of_large_layers_give_equal_quality(monkeypatch):
         fit = fit_signs(weight, statistics, bias=bias, num_codebooks=32)
         errors.append(fit.details["error"])
     assert errors[1] < 1.05 * errors[0]
+
+
+def test_memory_grows_neither_with_the_text_nor_with_vocabulary_times_bits(monkeypatch):
+    """Beside the codes, which are bytes: no float matrix N x V, and none V x R."""
+    vocab, size, bits, positions = 20_000, 64, 200, 4_000
+    monkeypatch.setattr(signs, "ALTERNATIONS", 1)  # each uses the same memory
+    weight = torch.randn(vocab, size, generator=torch.Generator().manual_seed(0))
+    hidden = hidden_states(positions, size)
+    with LargestFloats() as calibration:
+        accumulator = StatisticsAccumulator(weight)
+        accumulator.update(hidden)
+        statistics = accumulator.finish()
+    with LargestFloats() as fit:
+        SignFitter(weight, statistics).fit(bits)
+    assert vocab * size <= calibration.elements < vocab * positions / 4
+    assert vocab * size <= fit.elements < vocab * bits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fit_on_a_gpu_is_as_good_as_on_the_processor():
+    weight, bias, statistics = problem(vocab=2_000, size=24)
+    errors = {}
+    for device in ("cpu", "cuda"):
+        fit = SignFitter(weight, statistics, bias=bias, device=device).fit(48)
+        assert fit.codes.device.type == fit.codebook.device.type == device
+        errors[device] = fit.details["error"]
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.1)
 
 
 @settings(max_examples=20, deadline=None)

@@ -2,6 +2,7 @@ import copy
 import gzip
 import logging
 import string
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -355,6 +356,16 @@ class TestCutting:
         assert first + rest == whole
         assert first.endswith("\n")
         assert rest
+
+    def test_split_lines_holds_no_list_of_lines(self):
+        whole = "a\n" * 500_000
+        tracemalloc.start()
+        try:
+            split_lines(whole, 0.8)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 1.5 * len(whole)
 
     def test_too_few_lines(self):
         with pytest.raises(ConversionError, match="1 lines cannot be split into 80%"):
