@@ -26,7 +26,7 @@ from hf_vqlogits import VQLogitsConfig, VQLogitsForCausalLM, VQLogitsHead
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ("finetune_trainer", "finetune_accelerate")
 CONTEXT = 16
-QUICK = "--context 16 --steps 40 --batch-size 4 --learning-rate 0.01".split()
+QUICK = "--context 16 --steps 40 --batch-size 4 --learning-rate 0.03".split()
 HEAD = {"lm_head.codebook", "lm_head.codebook_bias"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")

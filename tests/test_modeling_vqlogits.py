@@ -435,6 +435,20 @@ def test_compiled_without_breaks(make_model, ids):
     torch.testing.assert_close(gradient, model.lm_head.codebook.grad, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["sign", "index"])
+def test_compiled_by_inductor(make_model, ids, head):
+    """As `torch.compile` does unless told otherwise."""
+    layers = text_config("llama", num_hidden_layers=1)
+    model = make_model("llama", text_config=layers, **HEADS[head])
+    model.config.use_cache = False
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True)(ids, labels=ids)
+        wanted = model(ids, labels=ids)
+    torch.testing.assert_close(compiled.logits, wanted.logits, atol=2e-2, rtol=1e-2)
+    torch.testing.assert_close(compiled.loss, wanted.loss, atol=1e-3, rtol=1e-3)
+
+
 def test_exported(make_model, ids):
     model = make_model("llama")
     model.config.use_cache = False
