@@ -18,11 +18,6 @@ import torch
 from torch import Tensor
 
 ROWS = 512  # of hidden states at once: rows x V logits, 100 MB in float32 at V = 50k
-STRIDE = 2  # see StatisticsAccumulator
-# Of weight_only_statistics: as many positions as a usual calibration, and contexts as far from
-# the mean, in standard deviations, as real ones are (|m_v|^2 about d / 16 on a trained model).
-PSEUDO_POSITIONS = 100_000
-CONTEXT_LENGTH = 0.25
 
 
 @dataclass
@@ -93,9 +88,9 @@ class CalibrationStatistics:
 class StatisticsAccumulator:
     """Collects `CalibrationStatistics` from hidden states, batch by batch.
 
-    The logits and the weighted sums of hidden states cost 4 N V d / `STRIDE` operations, by far
-    the most, so they see only every `STRIDE`-th position: neighbouring positions share most of
-    their text, and the fit does not change measurably. Everything is float32 here: on processors
+    The logits and the weighted sums of hidden states cost 4 N V d operations, by far the most. They
+    see every position all the same: with every second one the perplexity factor of SmolLM2-135M at
+    99% was 1.305 in place of 1.291 (means of two seeds). Everything is float32 here: on processors
     without matrix units, bfloat16 products measured 1.4 times slower.
 
     Args:
@@ -159,12 +154,11 @@ class StatisticsAccumulator:
             )
         if self._origin is None:
             self._origin = hidden.double().mean(0)
-        offset = -self._positions % STRIDE
         centred = hidden.double() - self._origin
         self._positions += len(hidden)
         self._sum += centred.sum(0)
         self._products += centred.T @ centred
-        for rows in hidden[offset::STRIDE].split(ROWS):
+        for rows in hidden.split(ROWS):
             self._add_tokens(rows, self._origin.float())
 
     def finish(self) -> CalibrationStatistics:
@@ -185,9 +179,9 @@ class StatisticsAccumulator:
             positions=self._positions,
             mean=mean,
             covariance=covariance,
-            fisher=self._fisher * STRIDE,
+            fisher=self._fisher,
             context=context,
-            probability=self._probability * STRIDE,
+            probability=self._probability,
             shift_invariant=self._cap is None,
         )
 
@@ -209,38 +203,3 @@ class StatisticsAccumulator:
         weights *= self._scale**2
         self._fisher += weights.sum(0)
         self._context.addmm_(weights.T, rows - origin)
-
-
-def weight_only_statistics(weight: Tensor) -> CalibrationStatistics:
-    """Stand-in statistics from the output weights alone, the last resort without any text.
-
-    Trained output vectors point where the hidden states vary, so their own second moment stands
-    for the covariance, and a token's own vector for its context. Vocabularies list their tokens
-    roughly by frequency (byte-pair merges are made most frequent first), so Zipf's law over the
-    token ids stands for the frequencies.
-
-    Args:
-        weight: (V, d) dense output weights.
-
-    Returns:
-        Statistics on the weight's device.
-
-    Raises:
-        ValueError: `weight` is not a matrix.
-    """
-    if weight.dim() != 2:
-        raise ValueError(f"`weight` must be (V, d), got shape {tuple(weight.shape)}.")
-    vocab_size, size = weight.shape
-    centred = weight.detach().double()
-    centred = centred - centred.mean(0)
-    ranks = torch.arange(vocab_size, dtype=torch.float64, device=weight.device)
-    frequency = 1 / (ranks + 10)
-    frequency *= PSEUDO_POSITIONS / frequency.sum()
-    return CalibrationStatistics(
-        positions=max(vocab_size, 1),
-        mean=torch.zeros(size, dtype=torch.float64, device=weight.device),
-        covariance=centred.T @ centred / vocab_size,
-        fisher=frequency.clone(),
-        context=(CONTEXT_LENGTH * centred).float(),
-        probability=frequency,
-    )

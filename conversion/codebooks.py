@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import CalibrationStatistics, weight_only_statistics
+from .calibration import CalibrationStatistics
 from .clustering import cluster_means, kmeans
 from .metric import TokenMetric, token_metric
 from .residual import fit_residual, reconstruct
@@ -88,7 +88,7 @@ def fit_index(
         return _fit_groups(weight, bias, torch.arange(len(weight), device=weight.device))
     if method == "residual":
         if statistics is None:
-            statistics = weight_only_statistics(weight)
+            raise ValueError("Method 'residual' needs `statistics` of calibration text.")
         return _fit_residual(
             token_metric(weight, statistics, bias=bias),
             num_codebooks,

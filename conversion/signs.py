@@ -33,7 +33,7 @@ from .sign_codebook import solve_codebook, tiles
 from .sign_greedy import extend_greedily
 from .sign_search import SearchEffort, search_signs
 
-ALTERNATIONS = 6
+ALTERNATIONS = 10
 CODEBOOK_ITERATIONS = 4
 FINAL_ITERATIONS = 8
 EFFORT = SearchEffort(flips=1000, tenure=10, patience=300)

@@ -3,11 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vqlogits.conversion import calibration
 from hf_vqlogits.conversion.calibration import (
     CalibrationStatistics,
     StatisticsAccumulator,
-    weight_only_statistics,
 )
 
 V, D = 37, 6
@@ -33,8 +31,7 @@ def reference(weight, hidden, bias, scale, cap):
 
 
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (0.5, 4.0)])
-def test_statistics_are_those_of_the_definition(monkeypatch, scale, cap):
-    monkeypatch.setattr(calibration, "STRIDE", 1)
+def test_statistics_are_those_of_the_definition(scale, cap):
     weight, hidden, bias = data()
     accumulator = StatisticsAccumulator(
         weight, bias=bias, logit_scale=scale, final_logit_softcapping=cap
@@ -51,17 +48,6 @@ def test_statistics_are_those_of_the_definition(monkeypatch, scale, cap):
     torch.testing.assert_close(found.context.double(), context, rtol=1e-3, atol=1e-3)
     assert found.positions == len(hidden)
     assert found.shift_invariant == (cap is None)
-
-
-def test_token_sums_see_every_second_position_across_batches():
-    weight, hidden, bias = data()
-    accumulator = StatisticsAccumulator(weight, bias=bias)
-    for batch in hidden.split([3, 0, 4, 1, 92]):
-        accumulator.update(batch)
-    p, fisher, _ = reference(weight, hidden[::2], bias, 1.0, None)
-    found = accumulator.finish()
-    torch.testing.assert_close(found.probability, 2 * p.sum(0), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.fisher, 2 * fisher.sum(0), rtol=1e-4, atol=1e-6)
 
 
 def test_covariance_keeps_its_digits_beside_a_huge_mean():
@@ -145,26 +131,12 @@ def test_shrinkage_fades_with_more_text():
     assert share[1] < 0.02 < 0.2 < share[0]
 
 
-def test_weight_only_statistics_follow_the_order_of_ids():
-    weight, _, _ = data()
-    found = weight_only_statistics(weight)
-    assert (found.fisher.diff() < 0).all()
-    torch.testing.assert_close(
-        found.covariance, weight.double().T.cov(correction=0), rtol=1e-6, atol=1e-6
-    )
-    direction = weight - weight.mean(0)
-    cosine = torch.cosine_similarity(found.context, direction)
-    torch.testing.assert_close(cosine, torch.ones(V))
-
-
 def test_wrong_input_is_refused():
     weight, hidden, bias = data()
     with pytest.raises(ValueError, match=r"`weight` must be \(V, d\)"):
         StatisticsAccumulator(weight[0])
     with pytest.raises(ValueError, match=r"`bias` must be \(37,\)"):
         StatisticsAccumulator(weight, bias=bias[:-1])
-    with pytest.raises(ValueError, match=r"`weight` must be \(V, d\)"):
-        weight_only_statistics(weight[0])
     accumulator = StatisticsAccumulator(weight)
     with pytest.raises(ValueError, match="No hidden states were added"):
         accumulator.finish()

@@ -29,8 +29,8 @@ def test_with_a_soft_cap_the_constant_stays():
 
 def test_first_part_of_the_error_is_the_mean_square_of_the_logit():
     weight, bias, statistics = problem(vocab=40, size=5)
-    statistics.probability.zero_()  # contexts without confidence have no part
     metric = token_metric(weight, statistics, bias=bias)
+    metric.context.zero_()
     change = 0.1 * torch.randn(40, 6)
     covariance, mean = statistics.regularised_covariance().float(), statistics.mean.float()
     vectors, offsets = metric.product_form(change)
@@ -44,8 +44,8 @@ def test_second_part_is_the_logit_in_the_mean_context():
     change = 0.1 * torch.randn(40, 6)
     vectors, offsets = metric.product_form(change)
     logit = (vectors * statistics.context).sum(1) + offsets
-    seen = statistics.probability.float()
-    expected = 3 * seen / (seen + 3) * logit.square()
+    seen = statistics.fisher.float()
+    expected = 0.4 * (seen + 1.5) / (seen + 4) * logit.square()
     along = metric.error(change) / metric.weight - change.square().sum(1)
     torch.testing.assert_close(along, expected, rtol=1e-3, atol=1e-4)
 
