@@ -12,13 +12,18 @@ REPEATS = 21
 
 
 def paired_medians(
-    layers: dict[str, Callable[[], Tensor]], device: torch.device
+    layers: dict[str, Callable[[], Tensor]],
+    device: torch.device,
+    prepare: Callable[[Callable[[], Tensor]], object] = lambda call: None,
 ) -> dict[str, float]:
     """Median seconds of each call, taken in turns so that a drift of the machine hits all alike.
 
     Args:
         layers: what to time, by name.
         device: where it runs; a GPU is waited for.
+        prepare: called with each call before it, outside the time taken: to fill the caches with
+            what it reads, or with something else. Without it, each call finds what the other
+            layers left there.
 
     Returns:
         Seconds a call, by name.
@@ -26,6 +31,9 @@ def paired_medians(
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     for repeat in range(REPEATS + 3):
         for name, call in layers.items():
+            prepare(call)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             start = time.perf_counter()
             call()
             if device.type == "cuda":

@@ -25,7 +25,7 @@ PROMPT = "The assert statement is a convenient way to"
 NEW_TOKENS = 40
 CALIBRATION_TOKENS = 40_000  # the backbone reads some 700 a second on two cores
 EVALUATION_CHARACTERS = 32_000  # some 8,000 tokens
-FINETUNING = "--train head --steps 20 --batch-size 4 --context 256 --learning-rate 3e-6".split()
+FINETUNING = "--train head --steps 30 --batch-size 4 --context 256 --learning-rate 1e-3".split()
 
 
 def main() -> int:

@@ -40,9 +40,9 @@ def train(arguments: argparse.Namespace) -> None:
         task.train,
         batch_size=arguments.batch_size,
         sampler=_order(task.train, arguments, accelerator),
-        collate_fn=collator(task.model),
+        collate_fn=collator(task),
     )
-    eval_loader = DataLoader(task.evaluation, collate_fn=collator(task.model))
+    eval_loader = DataLoader(task.evaluation, collate_fn=collator(task))
     parameters = [p for p in task.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.0)
     model, optimiser, train_loader, eval_loader = accelerator.prepare(

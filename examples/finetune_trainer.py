@@ -24,7 +24,7 @@ def train(arguments: argparse.Namespace) -> None:
             args=training_arguments,
             train_dataset=task.train,
             eval_dataset=task.evaluation,
-            data_collator=collator(task.model),
+            data_collator=collator(task),
         )
         trainer.train()
         # Not `evaluate()` before `train()`: on several processes that would leave the model without

@@ -25,7 +25,7 @@ from transformers import (
 from hf_vqlogits import VQLogitsConfig
 from hf_vqlogits.conversion.checkpoint import check_output, check_room, whole_or_nothing
 from hf_vqlogits.conversion.errors import ConversionError
-from hf_vqlogits.conversion.text import load_text, split_lines, tokenize
+from hf_vqlogits.conversion.text import load_text, prefix_ids, split_lines, tokenize
 from hf_vqlogits.integrations.peft import lora_config
 
 DEFAULT_CONTEXT = 512
@@ -46,6 +46,7 @@ class Task:
         tokenizer: its tokenizer.
         train: token ids (rows, context).
         evaluation: token ids (rows, context), disjoint from `train`.
+        prefix: how many special tokens, such as `<bos>`, begin each row.
         dtype: type of the weights as the model was stored, and will be again.
     """
 
@@ -53,6 +54,7 @@ class Task:
     tokenizer: PreTrainedTokenizerBase
     train: Tensor
     evaluation: Tensor
+    prefix: int
     dtype: torch.dtype
 
 
@@ -154,8 +156,10 @@ def prepare(arguments: argparse.Namespace, *, processes: int) -> Task:
         evaluation_text = load_text(arguments.eval_data)
     context = _context(arguments.context, model)
     rows = rows_a_step(arguments, processes=processes)
-    train = _rows(text, tokenizer, context, rows, "an optimiser step on the training text")
-    evaluation = _rows(evaluation_text, tokenizer, context, 1, "evaluation")
+    prefix = prefix_ids(tokenizer)
+    train_ids, evaluation_ids = (tokenize(t, tokenizer) for t in (text, evaluation_text))
+    train = _rows(train_ids, prefix, context, rows, "an optimiser step on the training text")
+    evaluation = _rows(evaluation_ids, prefix, context, 1, "evaluation")
     highest = int(max(train.max(), evaluation.max()))
     if highest >= model.config.get_text_config().vocab_size:
         raise ConversionError(
@@ -163,7 +167,7 @@ def prepare(arguments: argparse.Namespace, *, processes: int) -> Task:
             f"{model.config.get_text_config().vocab_size}: they do not belong together."
         )
     model = select_trainable(model, arguments.train, lora_rank=arguments.lora_rank)
-    return Task(model, tokenizer, train, evaluation, dtype)
+    return Task(model, tokenizer, train, evaluation, len(prefix), dtype)
 
 
 def _check_output(output: Path, model: str, *, overwrite: bool) -> None:
@@ -207,17 +211,21 @@ def _context(wanted: int | None, model: PreTrainedModel) -> int:
     return wanted
 
 
-def _rows(
-    text: str, tokenizer: PreTrainedTokenizerBase, context: int, least: int, purpose: str
-) -> Tensor:
-    ids = tokenize(text, tokenizer)
-    needed = least * context
+def _rows(ids: Tensor, prefix: list[int], context: int, least: int, purpose: str) -> Tensor:
+    size = context - len(prefix)
+    if size < 1:
+        raise ConversionError(
+            f"`--context` {context} has no room for text after the {len(prefix)} special tokens "
+            "that the tokenizer puts before every text."
+        )
+    needed = least * size
     if len(ids) < needed:
         raise ConversionError(
             f"The text has {len(ids):,} tokens, but {purpose} needs {needed:,} ({least} rows of "
-            f"{context}); give more text, or a smaller `--context` or `--batch-size`."
+            f"{size}); give more text, or a smaller `--context` or `--batch-size`."
         )
-    return ids[: len(ids) // context * context].view(-1, context)
+    rows = ids[: len(ids) // size * size].view(-1, size)
+    return torch.cat([torch.tensor(prefix, dtype=ids.dtype).expand(len(rows), -1), rows], 1)
 
 
 def select_trainable(
@@ -242,20 +250,20 @@ def select_trainable(
     return model
 
 
-def collator(model: PreTrainedModel | PeftModel) -> Callable[[list[Tensor]], dict[str, Any]]:
-    """What makes a batch of rows for this model.
+def collator(task: Task) -> Callable[[list[Tensor]], dict[str, Any]]:
+    """What makes a batch of rows for this task's model.
 
     A quantised model is told to give the loss alone; in evaluation it would otherwise compute
     N x V logits as well.
     """
-    extra = {"skip_logits": True} if isinstance(model.config, VQLogitsConfig) else {}
+    extra = {"skip_logits": True} if isinstance(task.model.config, VQLogitsConfig) else {}
 
     def collate(rows: list[Tensor]) -> dict[str, Any]:
         ids = torch.stack(rows)
         labels = ids.clone()
         # Nothing predicts a row's first token, but Trainer counts it in the mean for classes whose
         # name does not end in ForCausalLM, GPT2LMHeadModel for one.
-        labels[:, 0] = -100
+        labels[:, : max(1, task.prefix)] = -100
         return {"input_ids": ids, "labels": labels, **extra}
 
     return collate

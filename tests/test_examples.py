@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -240,6 +240,34 @@ def test_output_can_be_trained_further_and_replaced(example, inputs, tmp_path):
     assert code == 0
     assert (second / "model.safetensors").read_bytes() != stored
     assert changed(inputs / "vq", second) == HEAD
+
+
+def test_rows_begin_with_what_the_tokenizer_puts_in_front(example, inputs, tmp_path):
+    """A token such as Gemma's <bos> begins every row, and every word counts but it does not."""
+    begun, text = tmp_path / "begun", (inputs / "text.txt").read_text(encoding="utf8")
+    model = AutoModelForCausalLM.from_pretrained(inputs / "vq")
+    model.lm_head.codebook.data *= 30  # or it predicts much the same whatever it reads
+    model.save_pretrained(begun)
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "vq")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.save_pretrained(begun)
+    code, out, _ = example(
+        *("--model", begun, "--train-data", inputs / "text.txt", "--output", tmp_path / "tuned"),
+        *("--train", "head", *QUICK[:2], "--steps", "1"),
+    )
+    assert code == 0
+    lines = text.splitlines(keepends=True)
+    ids = tokenizer("".join(lines[120:]), add_special_tokens=False, return_tensors="pt").input_ids[
+        0
+    ]
+    rows = ids[: len(ids) // (CONTEXT - 1) * (CONTEXT - 1)].view(-1, CONTEXT - 1)
+    rows = torch.cat([torch.ones(len(rows), 1, dtype=torch.long), rows], 1)
+    with torch.no_grad():
+        logs = model.eval()(input_ids=rows).logits.double().log_softmax(-1)[:, :-1]
+    wanted = logs.gather(-1, rows[:, 1:, None]).mean().neg().exp().item()
+    assert perplexities(out)[0] == pytest.approx(wanted, rel=2e-3)
 
 
 def test_type_of_the_weights_is_kept(example, inputs, tmp_path):
