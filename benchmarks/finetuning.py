@@ -2,7 +2,8 @@
 
     python -m benchmarks.finetuning --data DATA --output benchmarks/results/finetuning.json
 
-Both models see the same text, tokens and schedule; texts and evaluation are the protocol's.
+Both models see the same text, tokens and schedule; texts are the protocol's, judged by the first
+`--evaluation-tokens` of each.
 """
 
 import argparse
@@ -35,6 +36,7 @@ COMMANDS = {
         str(EXAMPLES / "finetune_accelerate.py"),
     ],
 }
+EXAMPLE_ROWS = 16  # on which the examples judge themselves, before and after
 SCHEDULE = {
     "--train": "all",
     "--batch-size": "4",
@@ -43,19 +45,20 @@ SCHEDULE = {
 }
 
 
-def perplexities(folder: Path, case: Case) -> dict[str, float]:
-    """Perplexity of a saved model on every text of the protocol."""
+def perplexities(folder: Path, case: Case, tokens: int) -> dict[str, float]:
+    """Perplexity of a saved model on the first so many tokens of every text of the protocol."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = {}
     for text, blocks in case.evaluation.items():
-        nats, tokens = 0.0, 0
-        for hidden, labels in hidden_states(model.base_model, blocks):
+        nats, scored = 0.0, 0
+        some = blocks[: max(1, tokens // (blocks.shape[1] - 1))]
+        for hidden, labels in hidden_states(model.base_model, some):
             for h, y in zip(hidden.split(1024), labels.split(1024), strict=True):
                 with torch.no_grad():
                     logits = model.get_output_embeddings()(h).float()
                 nats += float(torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
-            tokens += len(labels)
-        found[text] = float(torch.tensor(nats / tokens, dtype=torch.float64).exp())
+            scored += len(labels)
+        found[text] = float(torch.tensor(nats / scored, dtype=torch.float64).exp())
     return found
 
 
@@ -66,7 +69,9 @@ def prepare(case: Case, folder: Path, reduction: float, seed: int) -> dict[str, 
     dense.tie_weights()
     dense.save_pretrained(folder / "dense")
     case.tokenizer.save_pretrained(folder / "dense")
-    quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
+    corpus = case.corpus()
+    corpus.evaluation = corpus.evaluation[:EXAMPLE_ROWS]
+    quantiser = Quantiser(case.parts, corpus, seed, show_progress=True)
     statistics = quantiser.calibrate()
     vocab_size, hidden_size = case.parts.weight.shape
     size = choose_size(
@@ -77,7 +82,7 @@ def prepare(case: Case, folder: Path, reduction: float, seed: int) -> dict[str, 
     report = assess(quantiser, source, size, head, method="signs", rungs={})
     (folder / "vq").mkdir()
     write_checkpoint(folder / "vq", report.model, source)
-    for name, rows in (("train", case.calibration), ("eval", case.corpus().evaluation[:16])):
+    for name, rows in (("train", case.calibration), ("eval", corpus.evaluation)):
         text = case.tokenizer.batch_decode(rows[:, :-1])
         (folder / f"{name}.txt").write_text("\n".join(text), encoding="utf8")
     return {"dense": folder / "dense", "vq": folder / "vq"}
@@ -91,18 +96,20 @@ def main() -> None:
     p.add_argument("--model", default="smollm2")
     p.add_argument("--param-reduction", type=float, default=0.99)
     p.add_argument("--steps", type=int, default=100)
-    p.add_argument("--learning-rate", default="5e-5")
+    p.add_argument("--learning-rate", default="1e-4")
+    p.add_argument("--evaluation-tokens", type=int, default=20_000)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="a twentieth of the text")
     p.add_argument("--output", type=Path, required=True)
     options = p.parse_args()
+    judged = options.evaluation_tokens
     case = load_case(options.model, options.data, options.models, quick=options.quick)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         models = prepare(case, folder, options.param_reduction, options.seed)
         for name, path in models.items():
-            rows.append({"model": name, "example": None, "texts": perplexities(path, case)})
+            rows.append({"model": name, "example": None, "texts": perplexities(path, case, judged)})
         for example, command in COMMANDS.items():
             for name, path in models.items():
                 tuned = folder / f"{name}-{example}"
@@ -118,13 +125,14 @@ def main() -> None:
                 }
                 words = [word for pair in schedule.items() for word in pair]
                 subprocess.run([*command, *words], check=True)
-                texts = perplexities(tuned, case)
+                texts = perplexities(tuned, case, judged)
                 rows.append({"model": name, "example": example, "texts": texts})
     result = {
         "command": "python -m benchmarks.finetuning " + " ".join(sys.argv[1:]),
         "param_reduction": options.param_reduction,
         "steps": options.steps,
         "learning_rate": float(options.learning_rate),
+        "evaluation_tokens_of_each_text": judged,
         "schedule": SCHEDULE,
         "seed": options.seed,
         "machine": machine(),
