@@ -9,7 +9,7 @@ from .comparison import HeadScore, Logits, compare_heads
 from .environment import machine, versions
 from .families import assemble
 from .quantise import Quantiser
-from .report import ConversionReport, LadderRung
+from .report import ConversionReport, LadderRung, last_part
 from .sizes import HeadSize
 from .source import Source
 from .streaming import hidden_states
@@ -57,7 +57,8 @@ def assess(
     bias_parameters = 0 if parts.bias is None else vocab_size
     dense, quantised = scores["dense"], scores[QUANTISED]
     report = ConversionReport(
-        source=source.name,
+        source=source.hub_name or last_part(source.name),
+        base_model=source.hub_name,
         output=None,
         method=method,
         code_type=size.code_type,

@@ -3,12 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
 from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
-from .report import LADDER_COLUMNS, ConversionReport, ladder_cells
+from .report import LADDER_COLUMNS, ConversionReport, ladder_cells, last_part
 
 PLOT_FILE = "vq_report.png"
 CARD = """---
@@ -48,7 +45,7 @@ def model_card(report: ConversionReport) -> str:
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=hub_name(report.source),
+        base_model=report.base_model,
         tags=["vq-logits", "vector-quantisation"],
     )
     training = "without training"
@@ -56,9 +53,9 @@ def model_card(report: ConversionReport) -> str:
         training = f"with its codebook trained by distillation ({report.distillation})"
     return CARD.format(
         metadata=metadata.to_yaml(),
-        source=shown_name(report.source),
+        source=report.source,
         training=training,
-        title=Path(report.output or "model").name,
+        title=last_part(report.output or "model"),
         codes=dict(report.facts())["method, codes"],
         before_after=_table(("", "before", "after"), report.rows()),
         plot=PLOT_FILE,
@@ -66,22 +63,6 @@ def model_card(report: ConversionReport) -> str:
         ladder=ladder,
         notes=f"\nNotes:\n\n{notes}" if notes else "",
     )
-
-
-def hub_name(source: str) -> str | None:
-    """What the hub calls the source model; None for a folder, or a model object without a name."""
-    if Path(source).exists() or hasattr(transformers, source):
-        return None
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return None
-    return source
-
-
-def shown_name(source: str) -> str:
-    """Name of the source model for readers elsewhere: of a folder the last part alone."""
-    return hub_name(source) or Path(source).name or source
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -119,9 +100,7 @@ def plot(report: ConversionReport, path: Path) -> None:
         axis.margins(y=0.15)
     if report.ladder:
         _plot_ladder(axes[-1], report)
-    figure.suptitle(
-        f"{shown_name(report.source)}, {report.bits_per_token:,} bits a token", fontsize=11
-    )
+    figure.suptitle(f"{report.source}, {report.bits_per_token:,} bits a token", fontsize=11)
     figure.savefig(path, dpi=120)
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,15 +19,32 @@ from .source import Source
 
 TOKEN_BYTES = 200  # of a tokenizer's files, for a token; Llama 3 and Gemma 3 take 130
 OTHER_BYTES = 1_000_000  # configuration, report, card and plot
+FULL = (errno.ENOSPC, errno.EDQUOT)
+ONLY_WRITING = (*FULL, errno.EFBIG, errno.EROFS)  # what reading never meets
 
 
-def check_output(output: Path, *, overwrite: bool, source_name: str) -> None:
+def _is_conversion(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == VQLogitsConfig.model_type
+
+
+def check_output(
+    output: Path,
+    *,
+    overwrite: bool,
+    source_name: str,
+    replaceable: Callable[[Path], bool] = _is_conversion,
+) -> None:
     """Check, before hours of work, that the output folder may be written.
 
     Args:
         output: folder to be made.
-        overwrite: an earlier conversion there may be replaced.
+        overwrite: what `replaceable` accepts may be replaced.
         source_name: folder or hub name of the source.
+        replaceable: whether what lies at `output` may be deleted; default earlier conversions.
 
     Raises:
         ConversionError: the folder exists and must not be replaced, is the source itself or holds
@@ -35,7 +52,7 @@ def check_output(output: Path, *, overwrite: bool, source_name: str) -> None:
     """
     try:
         if output.exists():
-            _check_replaceable(output, overwrite=overwrite, source_name=source_name)
+            _check_replaceable(output, replaceable, overwrite=overwrite, source_name=source_name)
             needed = [_real(output), _real(output).parent]
         else:
             needed = [_folder_to_be_in(output)]
@@ -48,7 +65,9 @@ def check_output(output: Path, *, overwrite: bool, source_name: str) -> None:
             raise ConversionError(f"The folder {str(folder)!r} cannot be written; choose another.")
 
 
-def _check_replaceable(output: Path, *, overwrite: bool, source_name: str) -> None:
+def _check_replaceable(
+    output: Path, replaceable: Callable[[Path], bool], *, overwrite: bool, source_name: str
+) -> None:
     if source_name and Path(source_name).exists():
         source = _real(Path(source_name))
         if _real(output) in (source, *source.parents):
@@ -61,7 +80,7 @@ def _check_replaceable(output: Path, *, overwrite: bool, source_name: str) -> No
             f"The output {str(output)!r} exists; choose another with `--output`, or replace it "
             "with `--overwrite`."
         )
-    if not _is_conversion(output):
+    if not replaceable(output):
         raise ConversionError(
             f"{str(output)!r} is not the output of an earlier conversion, so `--overwrite` does "
             "not delete it; remove it yourself or choose another folder."
@@ -118,12 +137,15 @@ def whole_or_nothing(output: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `output` when the block ends without an error.
 
     After an error or an interrupt nothing is left behind, and an earlier `output` is untouched.
-    Where `output` is a link, what it names is replaced and the link stays.
+    Where `output` is a link, what it names is replaced and the link stays. What another program
+    puts at `output` during the block is never deleted.
 
     Raises:
-        ConversionError: the disk filled up, or the system refused to write for another reason.
+        ConversionError: the disk filled up, or the system refused to write for another reason;
+            something has appeared at `output`; a file elsewhere that the block needs failed.
     """
     output = _real(output)
+    replace = os.path.lexists(output)
     scratch = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,27 +155,44 @@ def whole_or_nothing(output: Path) -> Iterator[Path]:
         new = scratch / "new"
         new.mkdir()  # that of `mkdtemp` is private
         yield new
-        _put_in_place(new, output, scratch / "earlier")
+        _put_in_place(new, output, scratch / "earlier", replace=replace)
     except Exception as error:
         code = _system_error(error)
         if code is None:
             raise
-        if code in (errno.ENOSPC, errno.EDQUOT):
+        left = "nothing was left behind"
+        if scratch is not None and _unfinished(output, scratch / "earlier"):
+            left = f"the earlier output is in {str(scratch / 'earlier')!r}; move it back"
+        # Before there is a scratch folder, only the output's own parents have been touched.
+        if scratch is None or _is_of_output(error, code, (scratch, output)):
+            if code in FULL:
+                raise ConversionError(
+                    f"The disk filled up while {str(output)!r} was written; {left}. Free some "
+                    "space and run again."
+                ) from error
             raise ConversionError(
-                f"The disk filled up while {str(output)!r} was written; nothing was left behind. "
-                "Free some space and run again."
+                f"The output {str(output)!r} cannot be written: {os.strerror(code)}; {left}. "
+                "Choose another folder with `--output`."
             ) from error
+        names = _file_names(error)
+        if not names:
+            raise
         raise ConversionError(
-            f"The output {str(output)!r} cannot be written: {os.strerror(code)}. Choose another "
-            "folder with `--output`."
+            f"While {str(output)!r} was written, {' or '.join(repr(str(n)) for n in names)} "
+            f"failed: {os.strerror(code)}; {left}. Mend that and run again."
         ) from error
     finally:
         if scratch is not None and not _unfinished(output, scratch / "earlier"):
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _put_in_place(new: Path, output: Path, earlier: Path) -> None:
+def _put_in_place(new: Path, output: Path, earlier: Path, *, replace: bool) -> None:
     """Rename `new` to `output`; where that is not finished, what was there comes back."""
+    if not replace and os.path.lexists(output):
+        raise ConversionError(
+            f"Something else has made {str(output)!r} since the writing began; it was left as it "
+            "is. Choose another folder with `--output`, or remove it, and run again."
+        )
     try:
         if output.exists():
             os.replace(output, earlier)
@@ -179,6 +218,25 @@ def _system_error(error: Exception) -> int | None:
     return None if number is None else int(number[1])
 
 
+def _is_of_output(error: Exception, code: int, folders: tuple[Path, ...]) -> bool:
+    """Whether an error of the system's comes from writing into `folders`.
+
+    A write to an open file names none, and neither do safetensors and tokenizers. A failed copy
+    names both files, and only the number tells which of them is to blame.
+    """
+    names = _file_names(error)
+    if not names:
+        return code in (*ONLY_WRITING, errno.EIO)
+    inside = [any(path.is_relative_to(folder) for folder in folders) for path in names]
+    return all(inside) or (any(inside) and code in ONLY_WRITING)
+
+
+def _file_names(error: Exception) -> list[Path]:
+    """None, one or two; numbers of open files, which Python gives as well, say nothing."""
+    names = (getattr(error, "filename", None), getattr(error, "filename2", None))
+    return [Path(os.fsdecode(n)) for n in names if isinstance(n, str | bytes | os.PathLike)]
+
+
 def write_checkpoint(folder: Path, model: VQLogitsForCausalLM, source: Source) -> None:
     """Write model, tokenizer, chat template and generation configuration into `folder`.
 
@@ -189,14 +247,6 @@ def write_checkpoint(folder: Path, model: VQLogitsForCausalLM, source: Source) -
         source.tokenizer.save_pretrained(folder)
     for name, path in source.files.items():
         shutil.copyfile(path, folder / name)
-
-
-def _is_conversion(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == VQLogitsConfig.model_type
 
 
 def _real(path: Path) -> Path:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from .convert import CALIBRATION_TOKENS, convert_to_vq
+from .convert import convert_to_vq
+from .corpus import CALIBRATION_TOKENS, SELF_TOKENS
 from .errors import ConversionError
 from .sizes import DEFAULT_REDUCTION, METHODS
 
@@ -54,7 +55,12 @@ def parser() -> argparse.ArgumentParser:
         help="text file, folder, .gz, name of a dataset, or 'self': text that the model writes; "
         "default: WikiText-2, and 'self' where it cannot be had",
     )
-    text.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
+    text.add_argument(
+        "--calibration-tokens",
+        type=int,
+        help=f"how many of them at most; default {CALIBRATION_TOKENS:,}, or {SELF_TOKENS:,} of the "
+        "model's own text",
+    )
     text.add_argument("--eval-data", help="default: a held-out fifth of the calibration text")
     p.add_argument(
         "--distill-steps",

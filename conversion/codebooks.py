@@ -70,8 +70,7 @@ def fit_index(
         num_codebooks: G.
         codebook_size: K.
         bias: (V,) or None. A group's is the mean; `residual` quantises it along with the weights.
-        statistics: of calibration text, for `frequency` and `residual`; the latter can do without
-            at a loss of quality.
+        statistics: of calibration text; `frequency` and `residual` need them.
         seed: of everything random; the same seed and number of threads give the same bytes.
         progress: makes a wrapper for an iteration from what it does, `tqdm` for example.
 

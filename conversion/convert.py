@@ -30,7 +30,6 @@ from .report import ConversionReport
 from .sizes import HeadSize, check_size_options, choose_size
 from .source import Source, load_source
 
-CALIBRATION_TOKENS = 100_000
 LAST_SEED = 2**31 - 1  # the largest that every library here takes
 
 
@@ -46,9 +45,9 @@ def convert_to_vq(
     bits_per_weight: float | None = None,
     num_codebooks: int | None = None,
     codebook_size: int | None = None,
-    calibration_data: str | None = None,
-    calibration_tokens: int = CALIBRATION_TOKENS,
-    eval_data: str | None = None,
+    calibration_data: str | os.PathLike[str] | None = None,
+    calibration_tokens: int | None = None,
+    eval_data: str | os.PathLike[str] | None = None,
     distill_steps: int = 0,
     embeddings: str = "keep",
     ladder: bool = False,
@@ -77,7 +76,8 @@ def convert_to_vq(
         codebook_size: K (index codes).
         calibration_data: text file, folder, `.gz`, dataset name, or `"self"` for text that the
             model writes. Default: WikiText-2, and `"self"` where that cannot be had.
-        calibration_tokens: how many tokens of it to use at most.
+        calibration_tokens: how many tokens of it to use at most; default 100,000, or 40,000 of text
+            that the model writes.
         eval_data: text to judge by; default a held-out fifth of the calibration text.
         distill_steps: steps of training the codebook towards the dense layer.
         embeddings: `"keep"`: the input embedding stays as it is.
@@ -106,7 +106,8 @@ def convert_to_vq(
     }
     check_size_options(method, **sizes)
     _check_options(embeddings, ladder, method, folder, push_to_hub)
-    _check_range("calibration_tokens", calibration_tokens, 1)
+    if calibration_tokens is not None:
+        _check_range("calibration_tokens", calibration_tokens, 1)
     _check_range("distill_steps", distill_steps, 0)
     _check_range("seed", seed, 0, LAST_SEED)
     if folder is not None:

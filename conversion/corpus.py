@@ -4,11 +4,13 @@ import logging
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from .errors import ConversionError
-from .hub import offline_unless_answered
+from .hub import SECONDS, offline_unless_answered
+from .report import last_part
 from .source import Source
 from .text import (
     WIKITEXT,
@@ -23,6 +25,7 @@ from .text import (
 logger = logging.getLogger(__name__)
 
 CONTEXT = 512
+CALIBRATION_TOKENS = 100_000
 EVALUATION_TOKENS = 25_000
 LIMITS = ("max_position_embeddings", "max_seq_len")  # names of a family's longest context; MPT
 SELF = "self"
@@ -37,8 +40,8 @@ class Corpus:
 
     Attributes:
         calibration: (rows, context + 1).
-        evaluation: (rows, context + 1), disjoint from it, or None without text.
-        calibration_source: what the user would call it.
+        evaluation: (rows, context + 1), disjoint from it.
+        calibration_source: what it is, for readers elsewhere: of a local path the last part.
         evaluation_source: likewise.
         notes: what the user should know about the choice.
         unscored: first labels of each evaluation row that are no text: the rest of a prefix of
@@ -62,7 +65,7 @@ def prepare_corpus(
     source: Source,
     *,
     calibration_data: str | os.PathLike[str] | None,
-    calibration_tokens: int,
+    calibration_tokens: int | None,
     eval_data: str | os.PathLike[str] | None,
     seed: int,
     show_progress: bool,
@@ -75,7 +78,8 @@ def prepare_corpus(
         source: model and tokenizer.
         calibration_data: see [`convert_to_vq`].
         calibration_tokens: how many to use at most; of text that the model writes unasked, for
-            want of any other, at most `SELF_TOKENS`.
+            want of any other, at most `SELF_TOKENS`. Default `CALIBRATION_TOKENS`, of text that
+            the model writes `SELF_TOKENS`.
         eval_data: see [`convert_to_vq`].
         seed: of the model's own text.
         show_progress: show a bar while the model writes.
@@ -90,32 +94,39 @@ def prepare_corpus(
     notes: list[str] = []
     prefix = [] if source.tokenizer is None else prefix_ids(source.tokenizer)
     unscored = max(0, len(prefix) - 1)
-    characters = _characters(calibration_tokens, split=held_name is None)
+    tokens = calibration_tokens or CALIBRATION_TOKENS
+    characters = _characters(tokens, split=held_name is None)
     text = None if asked == SELF else _calibration_text(source, asked, characters, notes)
     held_text = None
     if held_name is not None:
         held_text = load_text(held_name, max_characters=CHARACTERS * EVALUATION_TOKENS)
     if text is None:
+        tokens = calibration_tokens or SELF_TOKENS
         if asked is None:
-            calibration_tokens = _own_tokens(calibration_tokens, notes)
-        calibration, evaluation = _own_text(
-            source, calibration_tokens, context, prefix, seed, show_progress
-        )
-        name = read = "text written by the model itself"
+            tokens = _own_tokens(tokens, notes)
+        calibration, evaluation = _own_text(source, tokens, context, prefix, seed, show_progress)
+        shown = read = "text written by the model itself"
     else:
-        name = read = asked or WIKITEXT
-        _check_tokens(calibration_tokens, context, prefix, name)
+        name = asked or WIKITEXT
+        shown = read = _shown(name)
+        _check_tokens(tokens, context, prefix, name)
         if len(text) >= characters:
-            read = f"the first {len(text):,} characters of {name}"
+            read = f"the first {len(text):,} characters of {shown}"
         if held_text is None:
             text, held_text = split_lines(text, 1 - HELD_OUT)
-        calibration = _read(source, text, calibration_tokens, context, prefix, name)
-    evaluation_name = held_name or f"a held-out fifth of {read}"
+        calibration = _read(source, text, tokens, context, prefix, name)
+    held_shown = _shown(held_name) if held_name else f"a held-out fifth of {read}"
     if held_text is not None:
-        evaluation = _read(source, held_text, EVALUATION_TOKENS, context, prefix, evaluation_name)
+        held_name = held_name or held_shown
+        evaluation = _read(source, held_text, EVALUATION_TOKENS, context, prefix, held_name)
     else:
         unscored = len(prefix)
-    return Corpus(calibration, evaluation, name, evaluation_name, notes, unscored)
+    return Corpus(calibration, evaluation, shown, held_shown, notes, unscored)
+
+
+def _shown(name: str) -> str:
+    """A text's name for readers elsewhere: of a file or folder the last part of its path."""
+    return last_part(name) if Path(name).expanduser().exists() else name
 
 
 def _characters(calibration_tokens: int, *, split: bool) -> int:
@@ -154,16 +165,17 @@ def _calibration_text(
     if source.tokenizer is None:
         notes.append("there is no tokenizer, so the model wrote its own calibration text")
         return None
-    try:
-        with offline_unless_answered(WIKITEXT.split(":")[0]):
+    with offline_unless_answered(WIKITEXT.split(":")[0]) as silent:
+        try:
             return load_text(WIKITEXT, max_characters=characters)
-    except ConversionError as error:
-        logger.warning("%s The model writes its own calibration text instead.", error)
-        notes.append(
-            "WikiText-2 could not be had, so the model wrote its own calibration and evaluation "
-            "text; give --calibration-data for figures on real text"
-        )
-        return None
+        except ConversionError as error:
+            why = f" (the hub did not answer within {SECONDS:.0f} s)" if silent else ""
+            logger.warning("%s The model writes its own calibration text instead.", error)
+            notes.append(
+                f"WikiText-2 could not be had{why}, so the model wrote its own calibration and "
+                "evaluation text; give --calibration-data for figures on real text"
+            )
+            return None
 
 
 def _read(

@@ -1,6 +1,7 @@
 """What a conversion did, as one object behind terminal, JSON, model card and plot."""
 
 import json
+import os
 import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,8 +32,9 @@ class ConversionReport:
     """Figures of a conversion. Bytes are counted, times are seconds, perplexity is by token.
 
     Attributes:
-        source: the model that was converted.
-        output: the folder written, or None.
+        source: the model that was converted: its name on the hub, the last part of its folder's
+            path, or its class.
+        output: the folder written, or None; `vq_report.json` holds the last part of its path.
         method: how codes were made.
         code_type: `"sign"` or `"index"`.
         vocab_size: V.
@@ -53,8 +55,8 @@ class ConversionReport:
         perplexity_bound: with one index codebook, the perplexity that no training can go below.
         greedy_agreement: share of positions where the most likely token stayed the same.
         logit_seconds: for one row, `dense_float32`, `dense_bfloat16`, `quantised`.
-        calibration: `source` and `tokens`.
-        evaluation: `source`, `tokens`, `context`.
+        calibration: `source`, of a local path the last part, and `tokens`.
+        evaluation: likewise, and `context`.
         fit: what the method tells of itself.
         seconds: time of each step.
         ladder: sizes compared, with `--ladder`.
@@ -62,6 +64,7 @@ class ConversionReport:
         machine: processor or GPU, and threads.
         seed: of everything random.
         notes: what the user should know.
+        base_model: the source's name on the hub; None where it did not come from there.
         model: the converted model; not written.
     """
 
@@ -96,16 +99,19 @@ class ConversionReport:
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    base_model: str | None = None
     model: Any = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the model, ready for JSON."""
+        """Everything but the model, ready for JSON, and for readers elsewhere: no folder above."""
         model, self.model = self.model, None
         try:
             values = asdict(self)
         finally:
             self.model = model
         del values["model"]
+        if self.output is not None:
+            values["output"] = last_part(self.output)
         return values
 
     def to_json(self) -> str:
@@ -252,6 +258,11 @@ def ladder_cells(rung: LadderRung) -> tuple[str, ...]:
         f"{rung.greedy_agreement:.1%}",
         milliseconds(rung.logit_seconds),
     )
+
+
+def last_part(path: str) -> str:
+    """Of a local path what may be published: the folders above may name a person or a customer."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(path)))
 
 
 def megabytes(count: int) -> str:

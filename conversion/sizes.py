@@ -1,6 +1,7 @@
 """How large a head a user asks for: from options to numbers of codebooks and codewords."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import ConversionError
 
@@ -12,6 +13,7 @@ DEFAULT_REDUCTION = 0.98
 # 1.06 where 8 of 63 gave 1.31.
 RESIDUAL_CODEBOOK_SIZE = 4
 MOST_BITS_PER_WEIGHT = 32  # codes of more would be larger than the dense layer in float32
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class HeadSize:
         """Bits that name a token's codewords."""
         return self.num_codebooks * (self.codebook_size - 1).bit_length()
 
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a token's code in a file."""
+        if self.code_type == "sign":
+            return -(-self.num_codebooks // 8)
+        return self.num_codebooks * (1 if self.codebook_size <= 256 else 4)
+
     def stored_bytes(self, vocab_size: int, hidden_size: int, itemsize: int) -> int:
         """Bytes of the head's tensors in a file.
 
@@ -46,13 +55,9 @@ class HeadSize:
             hidden_size: d.
             itemsize: bytes of a float.
         """
-        if self.code_type == "sign":
-            code = -(-self.num_codebooks // 8)
-        else:
-            code = self.num_codebooks * (1 if self.codebook_size <= 256 else 4)
         statistics = 2 * hidden_size  # mean hidden state and fold direction
         floats = self.stored_codewords * (hidden_size + 1) + statistics
-        return vocab_size * code + floats * itemsize
+        return vocab_size * self.code_bytes + floats * itemsize
 
 
 def codewords_within(reduction: float, vocab_size: int, hidden_size: int) -> int:
@@ -100,16 +105,16 @@ def choose_size(
 
     Raises:
         ConversionError: unknown method, options that contradict each other or the method, or a
-            size that is impossible.
+            size that is impossible or larger than the dense layer.
     """
-    check_size_options(
-        method,
-        param_reduction=param_reduction,
-        bits=bits,
-        bits_per_weight=bits_per_weight,
-        num_codebooks=num_codebooks,
-        codebook_size=codebook_size,
-    )
+    options: dict[str, Any] = {
+        "param_reduction": param_reduction,
+        "bits": bits,
+        "bits_per_weight": bits_per_weight,
+        "num_codebooks": num_codebooks,
+        "codebook_size": codebook_size,
+    }
+    check_size_options(method, **options)
     if method == "signs":
         size = _sign_size(vocab_size, hidden_size, param_reduction, bits, bits_per_weight)
     else:
@@ -121,13 +126,31 @@ def choose_size(
             f"`codebook_size` {size.codebook_size} is larger than the vocabulary {vocab_size}: "
             f"more codewords than tokens cannot all be used. At most {vocab_size} can."
         )
-    if (bits or num_codebooks) and size.bits_per_token > MOST_BITS_PER_WEIGHT * hidden_size:
-        name, value = ("bits", bits) if bits else ("num_codebooks", num_codebooks)
-        raise ConversionError(
-            f"`{name}` {value} makes codes of more than {MOST_BITS_PER_WEIGHT} bits a weight at "
-            f"hidden size {hidden_size}: they would be larger than the dense layer. Choose less."
-        )
+    given = [f"`{name}` {value}" for name, value in options.items() if value is not None]
+    chosen_by = " and ".join(given) or f"`param_reduction` {DEFAULT_REDUCTION} (the default)"
+    # With K = V, which nobody asks for by accident, one codebook is the dense layer, lossless.
+    if not (size.num_codebooks == 1 and codebook_size is not None):
+        _check_smaller_than_dense(size, vocab_size, hidden_size, chosen_by)
     return size
+
+
+def _check_smaller_than_dense(
+    size: HeadSize, vocab_size: int, hidden_size: int, chosen_by: str
+) -> None:
+    """Compare in float32; in 16 bits the dense layer halves and the codes do not."""
+    head = size.stored_bytes(vocab_size, hidden_size, FLOAT32_BYTES)
+    dense = vocab_size * hidden_size * FLOAT32_BYTES
+    if head <= dense:
+        return
+    if 8 * size.code_bytes > MOST_BITS_PER_WEIGHT * hidden_size:
+        what = f"codes of more than {MOST_BITS_PER_WEIGHT} bits a weight"
+    else:
+        what = f"codes and {size.stored_codewords} codewords"
+    raise ConversionError(
+        f"{chosen_by} makes {what} at hidden size {hidden_size}: the head would be larger than "
+        f"the dense layer ({head:,} bytes against {dense:,} in float32). Choose a "
+        "smaller one, for instance with a `param_reduction` nearer to 1."
+    )
 
 
 def check_size_options(

@@ -9,7 +9,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,12 +54,14 @@ class Source:
         model: the causal language model, in evaluation mode.
         tokenizer: its tokenizer, or None when a model object came without one.
         files: files of the source that are carried over unchanged, by name.
+        hub_name: what the hub calls the model, or None where it did not come from there.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     files: dict[str, Path]
+    hub_name: str | None = None
 
     @property
     def padded_tokens(self) -> int:
@@ -99,9 +102,11 @@ def load_source(
         if dtype is not None:
             torch.nn.Module.to(model, check_dtype(dtype))
         name, files = model.config.name_or_path or type(model).__name__, {}
+        hub_name = name if _is_in_cache(name) else None
         refuse_unsupported(model.config)
     else:
         name = os.fspath(model_or_path)
+        hub_name = None if os.path.exists(name) else name
         model = _load_model(name, gguf_file, dtype)
         tokenizer = tokenizer or _load_tokenizer(name, gguf_file)
         files = {} if gguf_file else dict(_carried_files(name))
@@ -110,9 +115,23 @@ def load_source(
         torch.nn.Module.to(model, device)
     model = _dequantised(model)
     _check_finite(model)
-    source = Source(name, model.eval(), tokenizer, files)
+    source = Source(name, model.eval(), tokenizer, files, hub_name)
     _check_tokenizer(source)
     return source
+
+
+def _is_in_cache(name: str) -> bool:
+    """Whether the local cache holds a model of this name from the hub.
+
+    A model object tells the name that it was loaded by, which may as well be that of a folder, even
+    one that is there no more.
+    """
+    try:
+        return not os.path.exists(name) and isinstance(
+            try_to_load_from_cache(name, "config.json"), str
+        )
+    except HFValidationError:
+        return False
 
 
 def check_device(device: str | torch.device | None) -> None:

@@ -28,7 +28,7 @@ def train(arguments: argparse.Namespace) -> None:
         )
         trainer.train()
         # Not `evaluate()` before `train()`: on several processes that would leave the model without
-        # DDP, and each process would train on its own (Transformers 5.23, Accelerate 1.15).
+        # DDP, and each process would train on its own (Transformers 5.24, Accelerate 1.15).
         before = next(r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r)
         after = trainer.evaluate()["eval_loss"]
         trainer.accelerator.print(f"perplexity before: {math.exp(before):.4f}")

@@ -145,7 +145,12 @@ def prepare(arguments: argparse.Namespace, *, processes: int) -> Task:
     Raises:
         ConversionError: something that the user gave cannot work.
     """
-    _check_output(arguments.output, arguments.model, overwrite=arguments.overwrite)
+    check_output(
+        arguments.output,
+        overwrite=arguments.overwrite,
+        source_name=arguments.model,
+        replaceable=_holds_model,
+    )
     set_seed(arguments.seed)
     model, tokenizer, dtype = _load(arguments.model)
     check_room(arguments.output, model.get_memory_footprint())
@@ -170,12 +175,9 @@ def prepare(arguments: argparse.Namespace, *, processes: int) -> Task:
     return Task(model, tokenizer, train, evaluation, len(prefix), dtype)
 
 
-def _check_output(output: Path, model: str, *, overwrite: bool) -> None:
-    """As for a conversion, but any earlier model or adapter may be replaced."""
-    own_folder = output.exists() and Path(model).exists() and output.samefile(model)
-    holds_model = any((output / name).exists() for name in ("config.json", "adapter_config.json"))
-    if own_folder or not (overwrite and holds_model):
-        check_output(output, overwrite=overwrite, source_name=model)
+def _holds_model(folder: Path) -> bool:
+    """Unlike a conversion, fine-tuning may replace any earlier model or adapter."""
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
 def rows_a_step(arguments: argparse.Namespace, *, processes: int) -> int:

@@ -21,8 +21,8 @@ class VQLogitsConfig(PreTrainedConfig):
             Configuration of the backbone, any decoder that `AutoModel` knows. V (`vocab_size`) and
             d (`hidden_size`) are read from it. Defaults to that of GPT-2.
         code_type (`str`, *optional*, defaults to `"sign"`):
-            `"sign"`: a token's output vector is a signed sum of all R codewords, one bit each.
-            `"index"`: it is the sum of one codeword out of K from each of G codebooks; G = 1 is
+            `"sign"`: a token's output vector is the signed mean of all R codewords, one bit each.
+            `"index"`: it is the mean of one codeword out of K from each of G codebooks; G = 1 is
             the form of the VQ-Logits paper.
         num_codebooks (`int`, *optional*, defaults to 512):
             R for sign codes, G for index codes; at least 1.

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_vqlogits import VQLogitsConfig
 
@@ -32,6 +33,9 @@ class VQLogitsGenerationMixin(GenerationMixin):
         make = create_masks_for_generate if own is None else own.__get__(self)
         return make(config=backbone, **kwargs)
 
+    # Here as well: where the base class translates these names, `cache=None` stands beside them.
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
     def prepare_inputs_for_generation(
         self,
         input_ids: Any,

@@ -60,7 +60,7 @@ class VQLogitsHead(nn.Module):
         codebook: parameter, sign codes (R, d), index codes (G, K, d).
         codebook_bias: parameter, sign codes (R,), index codes (G, K).
         score_scale: the power of two nearest to 1 / G (1 / R for sign codes), by which scores are
-            multiplied; a power of two, so that it costs no digit in any floating type.
+            multiplied; a power of two costs no digit (but of subnormal float16 numbers).
         codes: buffer, sign codes uint8 (V, ceil(R / 8)), bit r of a token in bit r % 8 of byte
             r // 8, 1 meaning +1; index codes (V, G), uint8 up to K = 256, else int32.
         hidden_mean: buffer (d,), mean hidden state of the calibration text, zero without one.

@@ -4,6 +4,7 @@ import gzip
 import importlib
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -304,6 +305,20 @@ BAD = {
     "no number": (["--learning-rate", "nan"], "argument --learning-rate: must be a positive"),
     "nothing to merge": (["--train", "all", "--merge-adapter"], "needs --train lora"),
 }
+
+
+def test_overwrite_never_deletes_the_model_inside_the_output(example, inputs, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(inputs / "vq", output)
+    shutil.copytree(inputs / "vq", output / "checkpoint-500")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = example(
+        *("--model", output / "checkpoint-500", "--train-data", inputs / "text.txt"),
+        *("--output", output, "--overwrite", *QUICK, "--steps", "1"),
+    )
+    assert code == 2
+    assert "the source model's own folder, or holds it" in err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("case", BAD)

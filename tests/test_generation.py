@@ -131,6 +131,22 @@ def test_a_text_that_outgrows_the_short_rotation_goes_in_once_more(
     assert isinstance(found.cache, StaticCache) == kept
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache_params"])
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_older_names_of_the_cache(make_model, ids, family, name):
+    model = make_model(family)
+    cache = model(ids, use_cache=True).cache
+    whole = torch.cat([ids, ids[:, :1]], 1)
+    options = {"next_sequence_length": 1, "attention_mask": torch.ones_like(whole)}
+    wanted = model.prepare_inputs_for_generation(whole, cache=cache, **options)
+    with pytest.warns(FutureWarning, match=f"`{name}` is deprecated .* Use `cache` instead"):
+        inputs = model.prepare_inputs_for_generation(whole, **{name: cache}, **options)
+    assert inputs["cache"] is cache
+    assert torch.equal(inputs["input_ids"], ids[:, :1])
+    assert (inputs["attention_mask"] is None) == (family == "mamba")
+    assert inputs.keys() == wanted.keys()
+
+
 # State-space backbones
 
 

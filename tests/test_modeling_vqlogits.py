@@ -375,10 +375,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, ids, family
     model(ids, labels=ids).loss.backward()
     wanted = {n: p.grad for n, p in model.named_parameters()}
     model.zero_grad()
-    # The older name goes with Transformers below 5.23.
-    new = hasattr(model, "activation_checkpointing_enable")
-    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     assert model.model.backbone.gradient_checkpointing

@@ -174,15 +174,7 @@ def test_evaluation_without_logits_on_request(make_model, make_trainer, texts):
     assert skipped == [True] * 3
 
 
-# The older name goes with Transformers below 5.23.
-CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
-
-
-@pytest.mark.parametrize("option", ["bf16", CHECKPOINTING])
+@pytest.mark.parametrize("option", ["bf16", "activation_checkpointing"])
 def test_options_of_the_trainer(make_model, make_trainer, texts, option):
     trainer = make_trainer(make_model("llama"), texts, max_steps=10, **{option: True})
     trainer.train()

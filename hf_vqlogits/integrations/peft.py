@@ -32,7 +32,8 @@ def lora_config(model: PreTrainedModel, **kwargs: Any) -> "LoraConfig":
         **kwargs: fields of `peft.LoraConfig`; they go before the defaults chosen here.
 
     Returns:
-        A configuration for `peft.get_peft_model(model, ...)` or `model.add_adapter(...)`.
+        A configuration for `peft.get_peft_model(model, ...)`, or for `model.add_adapter(...)`,
+        which needs PEFT 0.22 with Transformers 5.24.
 
     Example:
         >>> from peft import get_peft_model

@@ -85,7 +85,8 @@ def unpack_signs(
 def scores(hidden: Tensor, codebook: Tensor, codebook_bias: Tensor, *, scale: float) -> Tensor:
     """Scores of the codewords: `scale * linear(hidden, codebook, codebook_bias)`.
 
-    Scaled within the product, before it is rounded: unscaled, float16 could overflow.
+    Scaled within the product, before it is rounded: unscaled, float16 could overflow. (That is the
+    forward pass; gradients in float16 are scaled after their products.)
 
     Args:
         hidden: (N, d).

@@ -25,6 +25,7 @@ def reference(weight, hidden, bias, scale, cap):
     raw = (hidden.double() @ weight.double().T + bias.double()).requires_grad_()
     final = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
     (slope,) = torch.autograd.grad(final.sum(), raw)
+    slope = slope / scale
     p = final.softmax(-1).detach()
     fisher = p * (1 - p) * slope**2
     return p, fisher, fisher.T @ hidden.double() / fisher.sum(0)[:, None]
@@ -48,6 +49,19 @@ def test_statistics_are_those_of_the_definition(scale, cap):
     torch.testing.assert_close(found.context.double(), context, rtol=1e-3, atol=1e-3)
     assert found.positions == len(hidden)
     assert found.shift_invariant == (cap is None)
+
+
+def test_a_scale_of_the_logits_changes_no_statistic():
+    weight, hidden, bias = data()
+    found = []
+    for scale in (1.0, 16.0):
+        accumulator = StatisticsAccumulator(
+            scale * weight, bias=scale * bias, logit_scale=1 / scale
+        )
+        accumulator.update(hidden)
+        found.append(accumulator.finish())
+    torch.testing.assert_close(found[0].fisher, found[1].fisher, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0].context, found[1].context, rtol=1e-3, atol=1e-3)
 
 
 def test_covariance_keeps_its_digits_beside_a_huge_mean():

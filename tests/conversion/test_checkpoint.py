@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import stat
 
 import pytest
@@ -81,17 +82,92 @@ def files_of_a_kilobyte():
 
 def test_what_safetensors_itself_raises_is_told(tmp_path, files_of_a_kilobyte):
     with (
-        pytest.raises(ConversionError, match="'.*/out' cannot be written: File too large. Choose"),
+        pytest.raises(ConversionError, match="/out' cannot be written: File too large; nothing"),
         whole_or_nothing(tmp_path / "out") as partial,
     ):
         save_file({"a": torch.zeros(10_000)}, partial / "model.safetensors")
     assert os.listdir(tmp_path) == []
 
 
-def test_errors_that_are_not_of_the_disk_pass(tmp_path):
-    with pytest.raises(SafetensorError, match="a fault of the program"):
-        write_and_fail(tmp_path / "out", SafetensorError("a fault of the program"))
+OTHER = [
+    SafetensorError("a fault of the program"),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    OSError(errno.ENOENT, "No such file or directory"),
+]
+
+
+@pytest.mark.parametrize("error", OTHER, ids=["program", "connection", "no name"])
+def test_errors_that_are_not_of_the_disk_pass(tmp_path, error):
+    with pytest.raises(type(error), match="fault of the program|reset by peer|No such file"):
+        write_and_fail(tmp_path / "out", error)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_elsewhere_is_named_and_the_output_is_not_blamed(tmp_path):
+    with (
+        pytest.raises(ConversionError, match="While '.*/out' was .*, '.*/gone' failed: No such f"),
+        whole_or_nothing(tmp_path / "out") as partial,
+    ):
+        shutil.copyfile(tmp_path / "gone", partial / "file")
+    assert os.listdir(tmp_path) == []
+    error = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "cache"))
+    with pytest.raises(ConversionError, match="'.*/cache' failed: No space left on device; noth"):
+        write_and_fail(tmp_path / "out", error)
+
+
+def test_a_file_in_the_output_is_blamed_on_it(tmp_path):
+    with (
+        pytest.raises(ConversionError, match="/out' cannot be written: Is a directory; nothing"),
+        whole_or_nothing(tmp_path / "out") as partial,
+    ):
+        partial.write_text("x")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "The disk filled up while"),
+        (errno.EIO, "'.*/tokens' or '.*/new/tokens' failed: Input/output error"),
+    ],
+)
+def test_a_copy_names_two_files_of_which_one_is_to_blame(tmp_path, monkeypatch, code, message):
+    def fails(*_):
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "tokens").write_text("x")
+    monkeypatch.setattr(os, "sendfile", fails)  # shutil adds the names
+    monkeypatch.setattr(os, "lseek", lambda *_: 1)
+    with (
+        pytest.raises(ConversionError, match=message),
+        whole_or_nothing(tmp_path / "out") as partial,
+    ):
+        shutil.copyfile(tmp_path / "tokens", partial / "tokens")
+    assert os.listdir(tmp_path) == ["tokens"]
+
+
+def test_a_parent_that_cannot_be_made_is_blamed_on_the_output(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(ConversionError, match="/out' cannot be written: Not a directory; nothing"),
+        whole_or_nothing(tmp_path / "file" / "a" / "out"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("with_content", [False, True])
+def test_what_appears_at_the_output_meanwhile_is_not_deleted(tmp_path, with_content):
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    if with_content:
+        (other / "chapter").write_text("years of work")
+    with (
+        pytest.raises(ConversionError, match="Something else has made '.*/out' .* Choose another"),
+        whole_or_nothing(out),
+    ):
+        other.rename(out)
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(out) == (["chapter"] if with_content else [])
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -127,9 +203,14 @@ def test_an_earlier_output_that_cannot_be_put_back_is_not_deleted(tmp_path, monk
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", only_away)
-    with pytest.raises(ConversionError, match="cannot be written"), whole_or_nothing(out):
+    with (
+        pytest.raises(ConversionError, match="the earlier output is in '.*'; move it back") as info,
+        whole_or_nothing(out),
+    ):
         pass
     (scratch,) = tmp_path.iterdir()
+    assert f"{str(scratch / 'earlier')!r}; move it back" in str(info.value)
+    assert "nothing was left" not in str(info.value)
     assert os.listdir(scratch / "earlier") == ["config.json"]
 
 
@@ -187,6 +268,21 @@ def test_overwrite_never_deletes_what_is_no_conversion(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConversionError, match="not the output of an earlier conversion"):
         check_output(tmp_path / "file", overwrite=True, source_name="gpt2")
+
+
+def test_what_may_be_replaced_is_the_callers_to_say(tmp_path):
+    out = conversion(tmp_path / "out")
+    (tmp_path / "adapter").mkdir()
+    check_output(
+        tmp_path / "adapter", overwrite=True, source_name="gpt2", replaceable=lambda _: True
+    )
+    with pytest.raises(ConversionError, match="not the output of"):
+        check_output(out, overwrite=True, source_name="gpt2", replaceable=lambda _: False)
+    (out / "inner").mkdir()
+    with pytest.raises(ConversionError, match="own folder, or holds it"):
+        check_output(
+            out, overwrite=True, source_name=str(out / "inner"), replaceable=lambda _: True
+        )
 
 
 def test_source_folder_is_never_the_output(tmp_path):

@@ -3,6 +3,7 @@ import json
 import os
 import pydoc_data.topics
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_vqlogits import VQLogitsConfig, VQLogitsForCausalLM, VQLogitsHead
-from hf_vqlogits.conversion import ConversionError, ConversionReport, convert, convert_to_vq
-from hf_vqlogits.conversion.cli import main
+from hf_vqlogits.conversion import (
+    ConversionError,
+    ConversionReport,
+    convert,
+    convert_to_vq,
+    corpus,
+)
+from hf_vqlogits.conversion.cli import main, parser
 from hf_vqlogits.conversion.evaluation import perplexity
 from hf_vqlogits.conversion.sizes import METHODS, HeadSize
 from hf_vqlogits.conversion.text import split_lines, tokenize
@@ -74,10 +81,21 @@ def test_output_holds_report_card_and_plot(converted, tiny_folder):
     stored = json.loads(open(f"{converted.output}/vq_report.json").read())
     assert stored == json.loads(converted.to_json())
     card = open(f"{converted.output}/README.md").read()
-    assert str(tiny_folder) not in card
     assert "vq_report.png" in card
     assert f"{converted.bits_per_token} bits a token" in card
     assert os.path.getsize(f"{converted.output}/vq_report.png") > 5_000
+
+
+def test_card_and_report_name_no_local_folder(converted, tiny_folder, text_file):
+    """They are for the hub."""
+    for name in ("README.md", "vq_report.json"):
+        written = open(f"{converted.output}/{name}").read()
+        assert "topics.txt" in written
+        assert "tiny" in written
+        for path in (tiny_folder, text_file, Path(converted.output)):
+            assert str(path.parent) not in written, name
+    stored = json.loads(open(f"{converted.output}/vq_report.json").read())
+    assert (stored["source"], stored["base_model"]) == ("tiny", None)
 
 
 def test_ladder_grows_better_with_size(converted):
@@ -132,7 +150,7 @@ def other_text(tmp_path_factory):
 
 
 def test_text_to_judge_by_and_device(tiny_folder, text_file, other_text, tokenizer, tmp_path):
-    """Texts as paths, which the report writes as strings."""
+    """Texts as paths, of which the report writes the last part."""
     report = convert_to_vq(
         tiny_folder,
         output=tmp_path / "out",
@@ -148,8 +166,8 @@ def test_text_to_judge_by_and_device(tiny_folder, text_file, other_text, tokeniz
         assert report.perplexity[expected] == pytest.approx(measured, rel=0.01)
     stored = json.loads((tmp_path / "out" / "vq_report.json").read_text())
     tokens = (len(ids) - 1) // 64 * 64
-    assert stored["evaluation"] == {"source": str(other_text), "tokens": tokens, "context": 64}
-    assert stored["calibration"]["source"] == str(text_file)
+    assert stored["evaluation"] == {"source": other_text.name, "tokens": tokens, "context": 64}
+    assert stored["calibration"]["source"] == text_file.name
     assert {p.device.type for p in report.model.parameters()} == {"cpu"}
 
 
@@ -167,7 +185,7 @@ def test_options_of_the_command_reach_the_report(
     words = [str(word) for pair in options.items() for word in pair]
     assert main([*words, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["evaluation"]["source"] == str(other_text)
+    assert report["evaluation"]["source"] == other_text.name
     assert "gpu" not in report["machine"]
 
 
@@ -275,6 +293,17 @@ def test_without_text_the_model_writes_its_own(tiny_folder, caplog):
     assert report.calibration["source"] == "text written by the model itself"
     assert any("WikiText-2 could not be had" in note for note in report.notes)
     assert "writes its own calibration text" in caplog.text
+
+
+def test_how_much_text_the_model_writes_where_nobody_says(tiny_folder, monkeypatch):
+    monkeypatch.setattr(corpus, "SELF_TOKENS", 2_000)
+    words = ["--model", "tiny", "--calibration-data", "self"]
+    assert parser().parse_args(words).calibration_tokens is None
+    shown = " ".join(parser().format_help().split())
+    assert "default 100,000, or 40,000 of the model's own text" in shown
+    report = convert_to_vq(tiny_folder, bits=16, calibration_data="self")
+    written = report.calibration["tokens"] + report.evaluation["tokens"]
+    assert 2_000 <= written < 2_200
 
 
 def test_model_objects_and_dtype(tiny_folder, text_file, tokenizer):

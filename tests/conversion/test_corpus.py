@@ -132,7 +132,7 @@ class TestLongText:
         found = prepare_corpus(made, **{**OPTIONS, "calibration_data": tmp_path / "long.txt"})
         read = (text * 22)[: 2 << 20]
         assert found.evaluation_source == (
-            f"a held-out fifth of the first {2 << 20:,} characters of {tmp_path / 'long.txt'}"
+            f"a held-out fifth of the first {2 << 20:,} characters of long.txt"
         )
         first, last = (tokenize(part, made.tokenizer, 25_000) for part in split_lines(read, 0.8))
         assert torch.equal(found.calibration[:, 0], first[: 46 * 64 : 64])
@@ -140,7 +140,7 @@ class TestLongText:
 
     def test_a_short_one_is_read_to_its_end(self, source, text_file):
         found = prepare_corpus(source("$A"), **{**OPTIONS, "calibration_data": str(text_file)})
-        assert found.evaluation_source == f"a held-out fifth of {text_file}"
+        assert found.evaluation_source == f"a held-out fifth of {text_file.name}"
 
     def test_more_is_read_for_more_tokens(self):
         asked = (1, 100_000, 200_000)
@@ -155,7 +155,7 @@ class TestLongText:
         (tmp_path / "long.txt").write_text(text * 11 + "\0")  # 1.1 million characters
         asked = {"calibration_data": str(text_file), "eval_data": tmp_path / "long.txt"}
         found = prepare_corpus(source("$A"), **{**OPTIONS, **asked})
-        assert found.evaluation_source == str(tmp_path / "long.txt")
+        assert found.evaluation_source == "long.txt"
         assert len(found.evaluation) == 25_000 // 64
 
     def test_data_set(self, source, text, monkeypatch):
@@ -172,6 +172,32 @@ class TestLongText:
         monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
         found = prepare_corpus(source("$A"), **{**OPTIONS, "calibration_data": "org/large"})
         assert len(found.calibration) == 46
+        assert found.calibration_source == "org/large"
+
+
+def test_of_a_folder_readers_elsewhere_see_the_last_part(source, text_file, monkeypatch):
+    made = source("$A")
+    monkeypatch.chdir(text_file.parent)
+    found = prepare_corpus(made, **{**OPTIONS, "calibration_data": "."})
+    assert found.calibration_source == text_file.parent.name
+    asked = {"calibration_data": str(text_file), "calibration_tokens": 20}
+    with pytest.raises(ConversionError, match=f"less than a row of {text_file}"):  # but the user
+        prepare_corpus(made, **{**OPTIONS, **asked})
+
+
+def test_how_many_tokens_where_nobody_says(source, text_file, monkeypatch):
+    monkeypatch.setattr(corpus, "CALIBRATION_TOKENS", 2_000)
+    monkeypatch.setattr(corpus, "SELF_TOKENS", 1_000)
+    made = source("$A")
+    asked = {**OPTIONS, "calibration_tokens": None}
+    found = prepare_corpus(made, **{**asked, "calibration_data": str(text_file)})
+    assert len(found.calibration) == 2_000 // 64
+    found = prepare_corpus(made, **{**asked, "calibration_data": "self"})
+    assert len(found.calibration) + len(found.evaluation) == -(-1_000 // 64)
+    made.tokenizer = None
+    found = prepare_corpus(made, **asked)
+    assert len(found.calibration) + len(found.evaluation) == -(-1_000 // 64)
+    assert found.notes == ["there is no tokenizer, so the model wrote its own calibration text"]
 
 
 class TestDefaultText:
@@ -191,8 +217,14 @@ class TestDefaultText:
         notes = []
         assert corpus._calibration_text(source("$A"), None, 1_000, notes) is None
         assert time.perf_counter() - start < 10  # it is well below one; left alone, over twenty
-        assert "WikiText-2 could not be had" in notes[0]
+        assert "WikiText-2 could not be had (the hub did not answer within 4 s), so" in notes[0]
         assert "writes its own calibration text" in caplog.text
+
+    def test_offline_by_choice_is_not_blamed_on_the_hub(self, source, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        notes = []
+        assert corpus._calibration_text(source("$A"), None, 1_000, notes) is None
+        assert "WikiText-2 could not be had, so" in notes[0]
 
     def test_comes_from_the_cache(self, source, tmp_path):
         (tmp_path / "a.txt").write_text("one line\nanother\n")

@@ -1,4 +1,6 @@
 import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -7,6 +9,7 @@ import datasets.config
 import huggingface_hub.constants
 import pytest
 
+from hf_vqlogits.conversion import hub as module
 from hf_vqlogits.conversion.hub import hub_answers, offline_unless_answered
 
 
@@ -77,7 +80,7 @@ def test_silence_is_not_waited_for(endpoint):
         assert time.perf_counter() - start < 2
         for thread in set(threading.enumerate()) - before:
             thread.join(2)
-            assert not thread.is_alive()  # nor would the end of the process wait for it
+            assert not thread.is_alive()
 
 
 def test_a_slow_search_for_the_address_is_not_waited_for(endpoint, monkeypatch):
@@ -90,21 +93,54 @@ def test_a_slow_search_for_the_address_is_not_waited_for(endpoint, monkeypatch):
     found.set()
 
 
+def test_nor_does_the_end_of_the_process_wait():
+    """For an address that takes a minute to be found, longer than this test lets it run."""
+    program = f"""
+import runpy, socket, time
+socket.getaddrinfo = lambda *args, **kwargs: time.sleep(60)
+hub = runpy.run_path({module.__file__!r})
+print(hub["hub_answers"]("org/set", seconds=0.2))
+"""
+    environment = {"HF_ENDPOINT": "http://hub.invalid"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=True,
+    )
+    assert done.stdout == "False\n"
+
+
 def flags():
     return datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_offline_within_only(no_hub):
     def fail():
-        with offline_unless_answered("org/set"):
-            raise RuntimeError(f"inside: {flags()}")
+        with offline_unless_answered("org/set") as silent:
+            raise RuntimeError(f"inside: {silent} {flags()}")
 
-    with pytest.raises(RuntimeError, match=r"inside: \(True, True\)"):
+    with pytest.raises(RuntimeError, match=r"inside: True \(True, True\)"):
         fail()
     assert flags() == (False, False)
 
 
 def test_online_where_the_hub_answers(hub):
     hub(404, b"")
-    with offline_unless_answered("org/set"):
+    with offline_unless_answered("org/set") as silent:
         assert flags() == (False, False)
+        assert not silent
+
+
+@pytest.mark.parametrize("flagged", [datasets.config, huggingface_hub.constants])
+def test_offline_already(hub, monkeypatch, flagged):
+    hub(200, b"{}")
+    monkeypatch.setattr(flagged, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(module, "hub_answers", None)  # not asked
+    before = flags()
+    with offline_unless_answered("org/set") as silent:
+        assert flags() == (True, True)
+        assert not silent
+    assert flags() == before

@@ -49,6 +49,7 @@ def report():
         evaluation={"source": "held out", "tokens": 25_000, "context": 512},
         seconds={"fit": 120.0},
         notes=["a note"],
+        base_model="gpt2",
         model=object(),
     )
 
@@ -161,29 +162,24 @@ def test_card_is_markdown_with_front_matter(report, rung):
     assert "| 99.0% | 501 |" in card
 
 
-@pytest.mark.parametrize(
-    ("source", "base"),
-    [
-        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
-        ("0123", "0123"),  # which YAML would read as a number
-        ("/home/someone/private/tiny", None),
-        ("./tiny", None),
-        ("private/tiny", None),  # a folder here
-        ("~/tiny", None),
-        ("GPT2LMHeadModel", None),  # a model object without a name
-    ],
-)
-def test_card_names_the_base_model_only_by_its_name_on_the_hub(
-    report, source, base, tmp_path, monkeypatch
-):
-    (tmp_path / "private" / "tiny").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    report.source = source
+def test_card_names_no_base_model_that_is_not_on_the_hub(report):
+    report.source, report.base_model = "MyGPT", None
     card = model_card(report)
-    assert ModelCard(card).data.base_model == base
-    if base is None:
-        assert "private" not in card
-        assert f"{source.split('/')[-1]} with its dense output layer" in card
+    assert ModelCard(card).data.base_model is None
+    assert "MyGPT with its dense output layer" in card
+
+
+def test_a_base_model_that_yaml_would_read_as_a_number(report):
+    report.base_model = "0123"
+    assert ModelCard(model_card(report)).data.base_model == "0123"
+
+
+@pytest.mark.parametrize("output", ["/home/someone/out", "someone/../out/", "~/out"])
+def test_only_the_terminal_shows_the_folder_written(report, output):
+    report.output = output
+    assert report.to_dict()["output"] == "out"
+    assert 'from_pretrained("out")' in model_card(report)
+    assert f"-> {output}" in printed(report, 200)
 
 
 def test_card_tells_of_training(report):

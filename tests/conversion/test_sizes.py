@@ -31,13 +31,22 @@ def test_default_keeps_two_per_cent():
 )
 def test_reduction_is_reached_and_nearly_used_up(method, reduction, vocab_size, hidden_size):
     dense = vocab_size * hidden_size
+    codewords, refusal = (1 - reduction) * dense / (hidden_size + 1), ""
     try:
         size = choose_size(
             method, vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction
         )
-    except ConversionError:
+    except ConversionError as error:
+        refusal = str(error)
+    if "larger than the dense layer" in refusal:
+        code = {"signs": codewords / 8 + 1, "residual": codewords / 4 + 1}.get(method, 4)
+        floats = codewords * (hidden_size + 1) + 2 * hidden_size
+        assert vocab_size * code + 4 * floats > 4 * dense
+        return
+    if refusal:
         assert (1 - reduction) * dense < hidden_size + 2
         return
+    assert size.stored_bytes(vocab_size, hidden_size, 4) <= 4 * dense
     kept = size.stored_codewords * (hidden_size + 1)
     assert kept <= (1 - reduction) * dense * (1 + 1e-9)
     one_more = 4 if method == "residual" else 1
@@ -52,6 +61,8 @@ def test_bits_and_bits_per_weight():
 def test_index_sizes():
     assert choose_size("kmeans", param_reduction=0.99, **SMOLLM2) == HeadSize("index", 1, 490)
     assert choose_size("kmeans", codebook_size=300, **SMOLLM2) == HeadSize("index", 1, 300)
+    # Every token its own code: lossless, and larger than the dense layer by the codes.
+    assert choose_size("kmeans", codebook_size=49_152, **SMOLLM2) == HeadSize("index", 1, 49_152)
     assert choose_size("residual", param_reduction=0.99, **SMOLLM2) == HeadSize("index", 122, 4)
     assert choose_size("residual", param_reduction=0.99, num_codebooks=8, **SMOLLM2) == HeadSize(
         "index", 8, 61
@@ -74,8 +85,9 @@ def test_index_sizes():
         (
             "residual",
             {"num_codebooks": 10_000, "codebook_size": 4},
-            "`num_codebooks` 10000 makes codes of more than 32 bits a weight at hidden size 576",
+            "10000 and `codebook_size` 4 makes codes of more than 32 bits a weight at hidden size",
         ),
+        ("residual", {"num_codebooks": 5000}, "too few"),
         ("signs", {"bits": 5, "param_reduction": 0.9}, "both choose the size"),
         ("signs", {"bits": 5, "bits_per_weight": 0.9}, "both choose the size"),
         ("signs", {"num_codebooks": 5}, "`num_codebooks` does not apply to method 'signs'"),
@@ -98,6 +110,33 @@ def test_index_sizes():
 def test_bad_sizes_are_refused(method, options, message):
     with pytest.raises(ConversionError, match=message):
         choose_size(method, **options, **SMOLLM2)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (
+            "signs",
+            {"param_reduction": 0.1},
+            r"^`param_reduction` 0.1 makes codes of more than 32 bits a weight at hidden size 768: "
+            r"the head would be larger than the dense layer \(42\d,\d{3},\d{3} bytes against "
+            r"154,389,504 in float32\)",
+        ),
+        ("signs", {"param_reduction": 0.6}, "0.6 makes codes and 20076 codewords at hidden"),
+        ("signs", {"bits_per_weight": 30.0}, "^`bits_per_weight` 30.0 makes codes and 23040 code"),
+        ("signs", {"bits": 20_000}, "^`bits` 20000 makes codes and 20000 codewords"),
+        # A code of 2 bits takes a byte.
+        ("residual", {"param_reduction": 0.6}, "^`param_reduction` 0.6 makes codes of more"),
+    ],
+)
+def test_a_head_larger_than_the_dense_layer_is_refused(method, options, message):
+    with pytest.raises(ConversionError, match=message):
+        choose_size(method, **options, vocab_size=50_257, hidden_size=768)
+
+
+def test_the_default_is_named_where_it_is_too_large():
+    with pytest.raises(ConversionError, match=r"^`param_reduction` 0.98 \(the default\) makes"):
+        choose_size("signs", vocab_size=256_000, hidden_size=64)
 
 
 NAN, INFINITY = float("nan"), float("inf")

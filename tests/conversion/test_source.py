@@ -2,16 +2,19 @@ import json
 import pickle
 import shutil
 
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, tiny_model
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertModel,
+    GPT2LMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -36,6 +39,48 @@ def test_padded_vocabularies_are_counted(tiny_folder, tokenizer):
 
 def test_dtype(tiny_folder):
     assert load_source(tiny_folder, dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def hub_cache(monkeypatch, tmp_path):
+    """The local cache of the hub, which cannot be asked; it is empty."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+class TestNameOnTheHub:
+    def test_of_what_the_hub_gave(self, tiny_folder, hub_cache, tmp_path, monkeypatch):
+        folder = hub_cache / "models--org--tiny"
+        shutil.copytree(tiny_folder, folder / "snapshots" / ("a" * 40))
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("a" * 40)
+        assert load_source("org/tiny").hub_name == "org/tiny"
+        model = AutoModelForCausalLM.from_pretrained("org/tiny")
+        assert load_source(model).hub_name == "org/tiny"
+        (tmp_path / "org" / "tiny").mkdir(parents=True)  # where a folder goes before the hub
+        monkeypatch.chdir(tmp_path)
+        assert load_source(model).hub_name is None
+
+    def test_none_of_a_folder(self, tiny_folder, hub_cache, tmp_path, monkeypatch):
+        shutil.copytree(tiny_folder, tmp_path / "private" / "tiny")
+        monkeypatch.chdir(tmp_path)
+        for name in ("private/tiny", "./private/tiny", tmp_path / "private" / "tiny"):
+            assert load_source(name).hub_name is None
+            model = AutoModelForCausalLM.from_pretrained(name)
+            assert load_source(model).hub_name is None
+        model = AutoModelForCausalLM.from_pretrained("private/tiny")
+        monkeypatch.chdir("private")  # where its name no longer leads to it
+        assert load_source(model).hub_name is None
+
+    def test_none_of_a_model_without_a_name(self, tiny_folder, hub_cache):
+        class MyGPT(GPT2LMHeadModel):
+            pass
+
+        model = MyGPT(AutoConfig.from_pretrained(tiny_folder))
+        model.config.name_or_path = ""
+        source = load_source(model)
+        assert (source.name, source.hub_name) == ("MyGPT", None)
 
 
 def test_unknown_model():
