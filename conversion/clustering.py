@@ -3,7 +3,8 @@
 Letters: V rows, D columns, K clusters.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import faiss
 import torch
@@ -41,9 +42,6 @@ def kmeans(
     """
     points = rows.detach().float().cpu().contiguous()
     counts = None if weight is None else weight.detach().float().cpu()
-    faiss.omp_set_num_threads(
-        1 if points.numel() * clusters < SMALL_PROBLEM else torch.get_num_threads()
-    )
     search = faiss.Kmeans(
         points.shape[1],
         clusters,
@@ -53,17 +51,30 @@ def kmeans(
         min_points_per_centroid=1,
         max_points_per_centroid=len(points),
     )
-    for _ in progress(range(iterations)):
-        search.train(
-            points.numpy(),
-            weights=None if counts is None else counts.numpy(),
-            init_centroids=search.centroids,
-        )
-    codes = torch.from_numpy(search.assign(points.numpy())[1])
+    with _threads(1 if points.numel() * clusters < SMALL_PROBLEM else torch.get_num_threads()):
+        for _ in progress(range(iterations)):
+            search.train(
+                points.numpy(),
+                weights=None if counts is None else counts.numpy(),
+                init_centroids=search.centroids,
+            )
+        codes = torch.from_numpy(search.assign(points.numpy())[1])
     _occupy(codes, points, torch.from_numpy(search.centroids))
     return codes.to(rows.device), cluster_means(points, codes, clusters, weight=counts).to(
         rows.device
     )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads for faiss; PyTorch may share its OpenMP, and gets its own number back."""
+    before = torch.get_num_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 def cluster_means(

@@ -1,5 +1,6 @@
 import math
 
+import faiss
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,6 +132,15 @@ class TestKMeans:
         nearest = torch.cdist(weight.double(), centroids.double()).argmin(1)
         assert torch.equal(codes, nearest)
         torch.testing.assert_close(centroids, cluster_means(weight, codes, 6))
+
+    def test_leaves_the_number_of_threads_as_it_was(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            kmeans(layer()[0], 4)
+            assert torch.get_num_threads() == faiss.omp_get_max_threads() == 2
+        finally:
+            torch.set_num_threads(before)
 
     def test_uses_all_rows(self):
         """By default faiss would take 256 rows a cluster and end where only those are at rest."""
