@@ -2,8 +2,9 @@
 
     python -m benchmarks.finetuning --data DATA --output benchmarks/results/finetuning.json
 
-Both models see the same text, tokens and schedule; texts are the protocol's, judged by the first
-`--evaluation-tokens` of each.
+Both models see the same text, tokens and schedule; texts are the protocol's. The head is fitted to
+`--calibration-tokens` of them, evenly spaced, and both are judged by the first
+`--evaluation-tokens` of each text.
 """
 
 import argparse
@@ -62,7 +63,9 @@ def perplexities(folder: Path, case: Case, tokens: int) -> dict[str, float]:
     return found
 
 
-def prepare(case: Case, folder: Path, reduction: float, seed: int) -> dict[str, Path]:
+def prepare(
+    case: Case, folder: Path, *, reduction: float, calibration_tokens: int, seed: int
+) -> dict[str, Path]:
     """Write the dense and the converted model, and the protocol's text."""
     dense = AutoModelForCausalLM.from_config(case.parts.config)
     dense.base_model.load_state_dict(case.parts.backbone.state_dict())
@@ -70,6 +73,9 @@ def prepare(case: Case, folder: Path, reduction: float, seed: int) -> dict[str, 
     dense.save_pretrained(folder / "dense")
     case.tokenizer.save_pretrained(folder / "dense")
     corpus = case.corpus()
+    corpus.calibration = corpus.calibration[
+        :: max(1, corpus.calibration.numel() // calibration_tokens)
+    ]
     corpus.evaluation = corpus.evaluation[:EXAMPLE_ROWS]
     quantiser = Quantiser(case.parts, corpus, seed, show_progress=True)
     statistics = quantiser.calibrate()
@@ -97,6 +103,7 @@ def main() -> None:
     p.add_argument("--param-reduction", type=float, default=0.99)
     p.add_argument("--steps", type=int, default=100)
     p.add_argument("--learning-rate", default="1e-4")
+    p.add_argument("--calibration-tokens", type=int, default=100_000)
     p.add_argument("--evaluation-tokens", type=int, default=20_000)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="a twentieth of the text")
@@ -107,7 +114,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        models = prepare(case, folder, options.param_reduction, options.seed)
+        models = prepare(
+            case,
+            folder,
+            reduction=options.param_reduction,
+            calibration_tokens=options.calibration_tokens,
+            seed=options.seed,
+        )
         for name, path in models.items():
             rows.append({"model": name, "example": None, "texts": perplexities(path, case, judged)})
         for example, command in COMMANDS.items():
@@ -132,6 +145,7 @@ def main() -> None:
         "param_reduction": options.param_reduction,
         "steps": options.steps,
         "learning_rate": float(options.learning_rate),
+        "calibration_tokens": options.calibration_tokens,
         "evaluation_tokens_of_each_text": judged,
         "schedule": SCHEDULE,
         "seed": options.seed,
