@@ -141,6 +141,8 @@ def convert_to_vq(
     report = assess(quantiser, source, size, head, method=method, rungs=rungs)
     if folder is not None:
         report.output = str(folder)
+        # Again: hours have passed, and something may have appeared there.
+        check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
         _write(folder, report, source)
     if push_to_hub is not None:
         _push(folder, push_to_hub)

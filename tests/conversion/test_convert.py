@@ -18,6 +18,7 @@ from hf_vqlogits.conversion import (
     convert_to_vq,
     corpus,
 )
+from hf_vqlogits.conversion.assessment import assess
 from hf_vqlogits.conversion.cli import main, parser
 from hf_vqlogits.conversion.evaluation import perplexity
 from hf_vqlogits.conversion.sizes import METHODS, HeadSize
@@ -274,6 +275,29 @@ def test_without_room_nothing_is_computed(tiny_folder, text_file, tmp_path, monk
     monkeypatch.setattr(convert, "prepare_corpus", None)
     with pytest.raises(ConversionError, match="No room on the disk of .*/out'"):
         convert_to_vq(tiny_folder, output=tmp_path / "out", bits=8)
+
+
+def test_what_appears_at_the_output_during_the_conversion_is_kept(
+    tiny_folder, text_file, tmp_path, monkeypatch
+):
+    thesis = tmp_path / "out" / "thesis"
+
+    def appear(*args, **kwargs):
+        thesis.parent.mkdir()
+        thesis.write_text("years of work")
+        return assess(*args, **kwargs)
+
+    monkeypatch.setattr(convert, "assess", appear)
+    with pytest.raises(ConversionError, match="not the output of an earlier conversion"):
+        convert_to_vq(
+            tiny_folder,
+            output=thesis.parent,
+            bits=16,
+            calibration_data=str(text_file),
+            overwrite=True,
+        )
+    assert thesis.read_text() == "years of work"
+    assert list(tmp_path.iterdir()) == [thesis.parent]
 
 
 def test_the_largest_seed_works_with_every_method(tiny_folder, text_file):

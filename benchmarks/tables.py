@@ -1,0 +1,142 @@
+"""Write the tables of the README from `benchmarks/results/`, so that no figure is copied by hand.
+
+    python -m benchmarks.tables            # rewrite README.md
+    python -m benchmarks.tables --check    # fail if it is not what the results say
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, NAME one of `TABLES`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+HEADS = {
+    "signs": "sign codes",
+    "residual": "index codes, K = 4",
+    "kmeans": "the paper's k-means, G = 1",
+}
+SECTION = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def results(name: str) -> dict[str, Any]:
+    """A results file."""
+    loaded: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf8"))
+    return loaded
+
+
+def table(header: str, rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown; columns of the header are parted by |."""
+    columns = header.count("|") + 1
+    lines = [f"| {header} |", "|---" * columns + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def times(factor: float) -> str:
+    """A factor, with four digits or one decimal."""
+    return f"x{factor:.3f}" if factor < 10 else f"x{factor:.1f}"
+
+
+def quality(model: str) -> str:
+    """Factors of the heads of one model, fitted only."""
+    rows = [row for row in results("quality_fit")["rows"] if row["model"] == model]
+    dense = rows[0]["dense_bytes_bfloat16"] / 1e6
+    texts = list(rows[0]["texts"])
+    before = " / ".join(f"{rows[0]['texts'][text]['dense_perplexity']:.2f}" for text in texts)
+    header = (
+        "head | bits a token | a weight | bytes (float32 codewords) | factor | "
+        f"{' / '.join(texts)} | same greedy token"
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        method, share = row["head"].split()
+        yield f"{HEADS[method]}, {share.replace('.0%', '%')}"
+        yield f"{row['bits_per_token']:,}"
+        yield f"{row['bits_per_weight']:.2f}"
+        yield f"{row['total_bytes'] / 1e6:.1f} MB"
+        yield f"**{times(row['factor'])}**"
+        yield " / ".join(times(row["texts"][text]["factor"]) for text in texts)
+        yield " / ".join(f"{row['texts'][text]['greedy_agreement']:.1%}" for text in texts)
+
+    first = ["dense, bfloat16", "", "16", f"{dense:.1f} MB", "1", f"perplexity {before}", ""]
+    return table(header, [first, *map(cells, rows)])
+
+
+def finetuning() -> str:
+    """Perplexity before and after equal fine-tuning."""
+    found = results("finetuning")
+    texts = list(found["rows"][0]["texts"])
+    header = "model | " + " | ".join(
+        f"{text}: before | Trainer | Accelerate" for text in map(str, texts)
+    )
+    by_key = {(row["model"], row["example"]): row["texts"] for row in found["rows"]}
+    names = {"dense": "dense", "vq": f"VQ-Logits, {found['param_reduction']:.0%}"}
+    rows = [
+        [name, *(f"{by_key[key, e][t]:.2f}" for t in texts for e in (None, "Trainer", "Accelerate"))]
+        for key, name in names.items()
+    ]
+    ratios = [
+        f"x{by_key['vq', e][t] / by_key['dense', e][t]:.3f}"
+        for t in texts
+        for e in (None, "Trainer", "Accelerate")
+    ]
+    return table(header, [*rows, ["factor", *ratios]])
+
+
+def speed() -> str:
+    """Time of the logits beside dense layers."""
+    header = (
+        "rows | bits a token | warm | faster than float32 / bfloat16 | "
+        "cold | faster than float32 / bfloat16"
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield str(row["rows"])
+        yield f"{row['bits']:,}"
+        for state in (row["warm"], row["cold"]):
+            yield f"{state['milliseconds']['quantised']:.2f} ms"
+            yield " / ".join(
+                f"{state[f'times_faster_than_{kind}']:.1f}x" for kind in ("float32", "bfloat16")
+            )
+
+    return table(header, map(cells, results("speed")["rows"]))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality smollm2": lambda: quality("smollm2"),
+    "quality gpt2-novels": lambda: quality("gpt2-novels"),
+    "finetuning": finetuning,
+    "speed": speed,
+}
+
+
+def rewrite(text: str) -> str:
+    """The text with every table as the results have it.
+
+    Raises:
+        KeyError: a table of an unknown name.
+    """
+    return SECTION.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def main() -> int:
+    """Rewrite or check the README."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--check", action="store_true")
+    options = p.parse_args()
+    before = README.read_text(encoding="utf8")
+    after = rewrite(before)
+    if options.check and after != before:
+        print("README.md is not what the results say: run `python -m benchmarks.tables`.")
+        return 1
+    README.write_text(after, encoding="utf8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
