@@ -71,21 +71,20 @@ def finetuning() -> str:
     """Perplexity before and after equal fine-tuning."""
     found = results("finetuning")
     texts = list(found["rows"][0]["texts"])
-    header = "model | " + " | ".join(
-        f"{text}: before | Trainer | Accelerate" for text in map(str, texts)
-    )
+    examples = {None: "before", "Trainer": "Trainer", "Accelerate": "Accelerate"}
+    columns = [(text, example) for text in texts for example in examples]
     by_key = {(row["model"], row["example"]): row["texts"] for row in found["rows"]}
     names = {"dense": "dense", "vq": f"VQ-Logits, {found['param_reduction']:.0%}"}
-    rows = [
-        [name, *(f"{by_key[key, e][t]:.2f}" for t in texts for e in (None, "Trainer", "Accelerate"))]
-        for key, name in names.items()
-    ]
-    ratios = [
-        f"x{by_key['vq', e][t] / by_key['dense', e][t]:.3f}"
-        for t in texts
-        for e in (None, "Trainer", "Accelerate")
-    ]
-    return table(header, [*rows, ["factor", *ratios]])
+
+    def cells(model: str) -> Iterable[str]:
+        yield names[model]
+        for text, example in columns:
+            yield f"{by_key[model, example][text]:.2f}"
+
+    ratios = (by_key["vq", e][text] / by_key["dense", e][text] for text, e in columns)
+    header = "model | " + " | ".join(f"{text}, {examples[example]}" for text, example in columns)
+    rows = [cells("dense"), cells("vq"), ["factor", *map(times, ratios)]]
+    return table(header, rows)
 
 
 def speed() -> str:

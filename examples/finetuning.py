@@ -145,12 +145,7 @@ def prepare(arguments: argparse.Namespace, *, processes: int) -> Task:
     Raises:
         ConversionError: something that the user gave cannot work.
     """
-    check_output(
-        arguments.output,
-        overwrite=arguments.overwrite,
-        source_name=arguments.model,
-        replaceable=_holds_model,
-    )
+    _check_output(arguments)
     set_seed(arguments.seed)
     model, tokenizer, dtype = _load(arguments.model)
     check_room(arguments.output, model.get_memory_footprint())
@@ -184,6 +179,15 @@ def rows_a_step(arguments: argparse.Namespace, *, processes: int) -> int:
     """Rows of an optimiser step, over all processes."""
     rows: int = arguments.batch_size * arguments.gradient_accumulation_steps
     return rows * processes
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+    check_output(
+        arguments.output,
+        overwrite=arguments.overwrite,
+        source_name=arguments.model,
+        replaceable=_holds_model,
+    )
 
 
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
@@ -289,6 +293,7 @@ def save(
         unwrapped.to(task.dtype)  # PEFT keeps adapters in float32 by itself
     state = accelerator.get_state_dict(model)  # collects what FSDP has spread
     if accelerator.is_main_process:
+        _check_output(arguments)  # again: something may have appeared there meanwhile
         with whole_or_nothing(arguments.output) as folder:
             unwrapped.save_pretrained(folder, state_dict=state)
             task.tokenizer.save_pretrained(folder)
