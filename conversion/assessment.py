@@ -1,11 +1,16 @@
 """Judging heads and putting the figures into a report."""
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from hf_vqlogits import VQLogitsHead
+from hf_vqlogits.embedding import VQEmbedding
 
 from .codebooks import perplexity_bound
-from .comparison import HeadScore, Logits, compare_heads
+from .comparison import HeadScore, Logits, compare_heads, judge_model
 from .environment import machine, versions
 from .families import assemble
 from .quantise import Quantiser
@@ -16,6 +21,7 @@ from .streaming import hidden_states
 from .timing import logit_times
 
 QUANTISED = "quantised"
+HEAD_ALONE = "head alone"
 
 
 def assess(
@@ -23,8 +29,10 @@ def assess(
     source: Source,
     size: HeadSize,
     head: VQLogitsHead,
+    embedding: VQEmbedding | None = None,
     *,
     method: str,
+    embeddings: str = "keep",
     rungs: dict[HeadSize, VQLogitsHead],
 ) -> ConversionReport:
     """Assemble the converted model, judge it on the evaluation text and report.
@@ -34,7 +42,9 @@ def assess(
         source: the original.
         size: of the head.
         head: the chosen head; it is put into the type of the original's output layer.
-        method: that made it.
+        embedding: the quantised input embedding, likewise; None where the dense one stays.
+        method: that made the head.
+        embeddings: how the embedding was made.
         rungs: heads of other sizes to compare with.
 
     Returns:
@@ -43,12 +53,24 @@ def assess(
     parts, corpus = quantiser.parts, quantiser.corpus
     dtype = parts.weight.dtype
     before = model_size(source.model)
+    table: Any = parts.backbone.get_input_embeddings().weight
     for one in (head, *rungs.values()):
         one.to(dtype)
-    model = assemble(parts, quantiser.config(size), head)
-    model.generation_config = source.model.generation_config
+    fields: dict[str, Any] = {"embeddings": embeddings}
+    input_tensors = [table]
+    if embedding is not None:
+        embedding.to(table.dtype)
+        input_tensors = [*embedding.state_dict(keep_vars=True).values()]
+    if embeddings == "vq" and embedding is not None:
+        fields["embedding_codebooks"] = embedding.num_codebooks
     with quantiser.timed("evaluation"):
         scores = _scores(quantiser, head, rungs)
+    model = assemble(parts, quantiser.config(size, **fields), head, embedding)
+    model.generation_config = source.model.generation_config
+    with quantiser.timed("evaluation"):
+        if embedding is not None:
+            scores[HEAD_ALONE] = scores[QUANTISED]
+            scores[QUANTISED] = _converted_score(quantiser, head, scores["dense"])
         times = logit_times(parts.weight, parts.bias, head)
         rung_times = {s: logit_times(parts.weight, parts.bias, h) for s, h in rungs.items()}
     vocab_size, hidden_size = parts.weight.shape
@@ -56,6 +78,13 @@ def assess(
     dense_parameters = vocab_size * hidden_size
     bias_parameters = 0 if parts.bias is None else vocab_size
     dense, quantised = scores["dense"], scores[QUANTISED]
+    perplexity = {
+        "before": dense.perplexity,
+        "after": quantised.perplexity,
+        "factor": quantised.perplexity / dense.perplexity,
+    }
+    if embedding is not None:
+        perplexity["head_alone"] = scores[HEAD_ALONE].perplexity
     report = ConversionReport(
         source=source.hub_name or last_part(source.name),
         base_model=source.hub_name,
@@ -82,13 +111,11 @@ def assess(
         },
         model_parameters={"before": before[0], "after": after[0]},
         model_bytes={"before": before[1], "after": after[1]},
-        embeddings=_embeddings(parts.tied),
+        embeddings=embeddings,
+        embedding_before={"parameters": table.numel(), "bytes": table.nbytes},
+        embedding_after=_own_size(input_tensors, head.state_dict(keep_vars=True).values()),
         tied_before=parts.tied,
-        perplexity={
-            "before": dense.perplexity,
-            "after": quantised.perplexity,
-            "factor": quantised.perplexity / dense.perplexity,
-        },
+        perplexity=perplexity,
         greedy_agreement=quantised.agreement,
         logit_seconds=times,
         calibration={"source": corpus.calibration_source, "tokens": corpus.calibration.numel()},
@@ -102,7 +129,7 @@ def assess(
         versions=versions(),
         machine=machine(parts.weight.device),
         seed=quantiser.seed,
-        notes=_notes(quantiser, head),
+        notes=_notes(quantiser, head, embeddings),
         model=model,
     )
     if size.code_type == "index" and size.num_codebooks == 1:
@@ -118,23 +145,31 @@ def assess(
 def _scores(
     quantiser: Quantiser, head: VQLogitsHead, rungs: dict[HeadSize, VQLogitsHead]
 ) -> dict[str, HeadScore]:
-    parts = quantiser.parts
-    dtype = parts.weight.dtype
     heads = {QUANTISED: head, **{str(s): h for s, h in rungs.items()}}
-    corpus = quantiser.corpus
-    batches = hidden_states(
-        parts.backbone,
-        corpus.evaluation,
-        skip=corpus.unscored,
+    return compare_heads(
+        _batches(quantiser),
+        _in_own_type(quantiser, quantiser.parts.logits),
+        {name: _in_own_type(quantiser, h) for name, h in heads.items()},
+    )
+
+
+def _converted_score(quantiser: Quantiser, head: VQLogitsHead, dense: HeadScore) -> HeadScore:
+    """Score of the head on the hidden states of the backbone with its quantised embedding."""
+    return judge_model(_batches(quantiser), _in_own_type(quantiser, head), dense.choices)
+
+
+def _batches(quantiser: Quantiser) -> Iterator[tuple[Tensor, Tensor]]:
+    return hidden_states(
+        quantiser.parts.backbone,
+        quantiser.corpus.evaluation,
+        skip=quantiser.corpus.unscored,
         progress=quantiser.progress("evaluating"),
     )
 
-    def in_own_type(layer: Logits) -> Logits:
-        return lambda hidden: layer(hidden.to(dtype))
 
-    return compare_heads(
-        batches, in_own_type(parts.logits), {name: in_own_type(h) for name, h in heads.items()}
-    )
+def _in_own_type(quantiser: Quantiser, layer: Logits) -> Logits:
+    dtype = quantiser.parts.weight.dtype
+    return lambda hidden: layer(hidden.to(dtype))
 
 
 def model_size(model: torch.nn.Module) -> tuple[int, int]:
@@ -147,18 +182,19 @@ def model_size(model: torch.nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), size
 
 
-def _embeddings(tied: bool) -> str:
-    if tied:
-        return "kept dense (it was tied to the output layer, so the model keeps that table)"
-    return "kept dense"
+def _own_size(tensors: Iterable[Tensor], of_head: Iterable[Tensor]) -> dict[str, int]:
+    """Parameters, and bytes with codes, of tensors that are not the head's."""
+    own = [t for t in tensors if not any(t is other for other in of_head)]
+    floats = [t for t in own if t.is_floating_point()]
+    return {"parameters": sum(t.numel() for t in floats), "bytes": sum(t.nbytes for t in own)}
 
 
-def _notes(quantiser: Quantiser, head: VQLogitsHead) -> list[str]:
+def _notes(quantiser: Quantiser, head: VQLogitsHead, embeddings: str) -> list[str]:
     notes = list(quantiser.corpus.notes)
-    if quantiser.parts.tied:
+    if quantiser.parts.tied and embeddings == "keep":
         notes.append(
             "input and output shared one table; the input side keeps it, so the model's file does "
-            "not shrink: memory traffic and time of the logits do"
+            "not shrink: memory traffic and time of the logits do; `--embeddings tied` shrinks it"
         )
     if head.code_type == "index" and head.num_codebooks == 1:
         notes.append(

@@ -14,7 +14,7 @@ CARD = """---
 
 # {title}
 
-{source} with its dense output layer replaced by a vector-quantised one ({codes}). Made by
+{source} with its dense {replaced} ({codes}). Made by
 `convert_to_vq` of the package `hf_vqlogits`, {training}.
 
 ```python
@@ -51,7 +51,11 @@ def model_card(report: ConversionReport) -> str:
     training = "without training"
     if report.distillation is not None:
         training = f"with its codebook trained by distillation ({report.distillation})"
+    replaced = "output layer replaced by a vector-quantised one"
+    if report.embeddings != "keep":
+        replaced = "output layer and input embedding replaced by vector-quantised ones"
     return CARD.format(
+        replaced=replaced,
         metadata=metadata.to_yaml(),
         source=report.source,
         training=training,
@@ -82,6 +86,9 @@ def plot(report: ConversionReport, path: Path) -> None:
     bars: list[tuple[str, float, float]] = [
         ("output layer, MB", report.head_before["bytes"] / 1e6, report.head_after["bytes"] / 1e6)
     ]
+    if report.embeddings != "keep":
+        size = report.model_bytes
+        bars.append(("whole model, MB", size["before"] / 1e6, size["after"] / 1e6))
     if report.logit_seconds:
         times = report.logit_seconds
         bars.append(

@@ -117,18 +117,19 @@ def check_room(output: Path, needed_bytes: int) -> None:
         )
 
 
-def output_bytes(backbone: torch.nn.Module, head_bytes: int, source: Source) -> int:
+def output_bytes(backbone: torch.nn.Module, other_bytes: int, source: Source) -> int:
     """About how much the output will take, rather more than less.
 
     Args:
-        backbone: of the converted model.
-        head_bytes: of the tensors of its head.
+        backbone: of the source.
+        other_bytes: of the tensors of the head; with a quantised input embedding also its own,
+            less those of the table that goes.
         source: the original.
     """
     tensors = {id(t): t for t in (*backbone.parameters(), *backbone.buffers())}.values()
     tokens = 0 if source.tokenizer is None else len(source.tokenizer)
     carried = sum(path.stat().st_size for path in source.files.values())
-    weights = sum(t.numel() * t.element_size() for t in tensors) + head_bytes
+    weights = sum(t.numel() * t.element_size() for t in tensors) + other_bytes
     return weights + carried + tokens * TOKEN_BYTES + OTHER_BYTES
 
 

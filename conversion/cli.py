@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from hf_vqlogits.configuration_vqlogits import EMBEDDINGS
+
 from .convert import convert_to_vq
 from .corpus import CALIBRATION_TOKENS, SELF_TOKENS
 from .errors import ConversionError
@@ -69,7 +71,16 @@ def parser() -> argparse.ArgumentParser:
         help="steps of training the codebook towards the dense layer; default 0",
     )
     p.add_argument(
-        "--embeddings", default="keep", choices=("keep",), help="what becomes of the input side"
+        "--embeddings",
+        default="keep",
+        choices=EMBEDDINGS,
+        help="keep: the input embedding stays dense (default); vq: it gets codes and a codebook of "
+        "its own; tied: those of the output layer, in models whose two sides are one table",
+    )
+    p.add_argument(
+        "--embedding-bits",
+        type=int,
+        help="bits a token of the input embedding (vq); default: those of the output layer",
     )
     p.add_argument("--ladder", action="store_true", help="compare fits at 99.5, 99, 98 and 96%%")
     p.add_argument("--device", help="default: a GPU when there is one")

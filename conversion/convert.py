@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_vqlogits import VQLogitsHead
+from hf_vqlogits.configuration_vqlogits import EMBEDDINGS
 
 from .assessment import assess
 from .calibration import CalibrationStatistics
@@ -23,6 +24,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .corpus import prepare_corpus
+from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
 from .quantise import LADDER, Quantiser
@@ -50,6 +52,7 @@ def convert_to_vq(
     eval_data: str | os.PathLike[str] | None = None,
     distill_steps: int = 0,
     embeddings: str = "keep",
+    embedding_bits: int | None = None,
     ladder: bool = False,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -62,7 +65,8 @@ def convert_to_vq(
 
     Args:
         model_or_path: hub name, folder, or a loaded model. A loaded model's backbone becomes that
-            of the converted one, without a copy.
+            of the converted one, without a copy, and has its input embedding replaced where
+            `embeddings` says so.
         tokenizer: of a loaded model; a folder brings its own.
         gguf_file: load this GGUF file of the folder.
         output: folder to write; None writes nothing.
@@ -80,9 +84,13 @@ def convert_to_vq(
             that the model writes.
         eval_data: text to judge by; default a held-out fifth of the calibration text.
         distill_steps: steps of training the codebook towards the dense layer.
-        embeddings: `"keep"`: the input embedding stays as it is.
-        ladder: compare 99.5, 99, 98 and 96% on the evaluation text (signs). It shows the fit alone:
-            `distill_steps` train the head that is written and none of these.
+        embeddings: `"keep"`: the input embedding stays as it is; `"vq"`: it gets sign codes and a
+            codebook of its own; `"tied"`: it takes those of the output layer, in models whose two
+            sides are one table.
+        embedding_bits: R of the input embedding, with `"vq"`; default that of the output layer.
+        ladder: compare 99.5, 99, 98 and 96% on the evaluation text (signs, with `embeddings`
+            `"keep"`). It shows the fit alone: `distill_steps` train the head that is written and
+            none of these.
         device: where to compute; default a GPU when there is one.
         dtype: type of the weights; default as stored.
         seed: of everything random, 0 to 2^31 - 1; the same seed gives the same bytes.
@@ -105,7 +113,7 @@ def convert_to_vq(
         "codebook_size": codebook_size,
     }
     check_size_options(method, **sizes)
-    _check_options(embeddings, ladder, method, folder, push_to_hub)
+    _check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
     if calibration_tokens is not None:
         _check_range("calibration_tokens", calibration_tokens, 1)
     _check_range("distill_steps", distill_steps, 0)
@@ -119,9 +127,12 @@ def convert_to_vq(
     vocab_size, hidden_size = parts.weight.shape
     size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
     steps = _ladder_sizes(vocab_size, hidden_size) if ladder else []
+    check_embeddings(embeddings, parts)
+    embedding_bits = choose_embedding_bits(embeddings, parts, size, embedding_bits)
     if folder is not None:
-        head_bytes = size.stored_bytes(vocab_size, hidden_size, parts.weight.element_size())
-        check_room(folder, output_bytes(parts.backbone, head_bytes, source))
+        coded_bytes = size.stored_bytes(vocab_size, hidden_size, parts.weight.element_size())
+        coded_bytes += embedding_bytes(embeddings, parts, embedding_bits)
+        check_room(folder, output_bytes(parts.backbone, coded_bytes, source))
     corpus = prepare_corpus(
         source,
         calibration_data=calibration_data,
@@ -138,7 +149,13 @@ def convert_to_vq(
     if distill_steps:
         with quantiser.timed("distillation"):
             quantiser.distill(head, distill_steps)
-    report = assess(quantiser, source, size, head, method=method, rungs=rungs)
+    embedding = None
+    if embedding_bits is not None:
+        with quantiser.timed("input embedding"):
+            embedding = quantiser.embedding(embeddings, head, embedding_bits)
+    report = assess(
+        quantiser, source, size, head, embedding, method=method, embeddings=embeddings, rungs=rungs
+    )
     if folder is not None:
         report.output = str(folder)
         # Again: hours have passed, and something may have appeared there.
@@ -181,10 +198,32 @@ def _name_of(model_or_path: str | os.PathLike[str] | PreTrainedModel) -> str:
 
 
 def _check_options(
-    embeddings: str, ladder: bool, method: str, folder: Path | None, push_to_hub: str | None
+    embeddings: str,
+    embedding_bits: int | None,
+    ladder: bool,
+    method: str,
+    folder: Path | None,
+    push_to_hub: str | None,
 ) -> None:
-    if embeddings != "keep":
-        raise ConversionError(f"`embeddings` must be 'keep', got {embeddings!r}.")
+    if embeddings not in EMBEDDINGS:
+        raise ConversionError(
+            f"`embeddings` must be one of {', '.join(EMBEDDINGS)}; got {embeddings!r}."
+        )
+    if embeddings == "tied" and method != "signs":
+        raise ConversionError(
+            f"`embeddings` 'tied' needs sign codes, but `method` is {method!r}; use 'vq' or 'keep'."
+        )
+    if embedding_bits is not None and embeddings != "vq":
+        raise ConversionError(
+            f"`embedding_bits` applies to `embeddings` 'vq' only, not to {embeddings!r}."
+        )
+    if embedding_bits is not None:
+        _check_range("embedding_bits", embedding_bits, 1)
+    if ladder and embeddings != "keep":
+        raise ConversionError(
+            f"`ladder` compares output layers alone, and `embeddings` {embeddings!r} changes more; "
+            "compare with 'keep', then convert with the size chosen."
+        )
     if ladder and method != "signs":
         raise ConversionError(f"`ladder` compares sign codes; it does not apply to {method!r}.")
     if push_to_hub is not None and folder is None:

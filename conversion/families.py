@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from hf_vqlogits import VQLogitsConfig, VQLogitsForCausalLM, VQLogitsHead
+from hf_vqlogits.embedding import VQEmbedding
 
 from .errors import ConversionError
 
@@ -153,10 +154,24 @@ def take_apart(model: PreTrainedModel) -> SourceParts:
     return parts
 
 
-def assemble(parts: SourceParts, config: VQLogitsConfig, head: VQLogitsHead) -> VQLogitsForCausalLM:
-    """Our model around the source's own backbone, without a copy of its weights."""
+def assemble(
+    parts: SourceParts,
+    config: VQLogitsConfig,
+    head: VQLogitsHead,
+    embedding: VQEmbedding | None = None,
+) -> VQLogitsForCausalLM:
+    """Our model around the source's own backbone, without a copy of its weights.
+
+    Args:
+        parts: the source; where there is an `embedding`, its backbone takes it in place of its own.
+        config: says what head and embedding are.
+        head: the output layer.
+        embedding: the quantised input embedding, or None for the dense one.
+    """
     with torch.device("meta"):
         model = VQLogitsForCausalLM(config)
+    if embedding is not None:
+        parts.backbone.set_input_embeddings(embedding)
     model.model.backbone = parts.backbone
     model.config.text_config = parts.config  # one object, as in a model built the ordinary way
     model.lm_head = head

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_vqlogits import VQLogitsHead
+from hf_vqlogits import VQLogitsConfig, VQLogitsHead
+from hf_vqlogits.embedding import VQEmbedding
 
 from .calibration import CalibrationStatistics, StatisticsAccumulator
 from .codebooks import fit_index
 from .corpus import Corpus
 from .distillation import distill
+from .embeddings import fit_embedding, input_information, tie_embedding, token_weights
 from .families import SourceParts, head_config
 from .signs import SignFitter
 from .sizes import HeadSize
@@ -121,13 +123,42 @@ class Quantiser:
         )
         self.details["distillation"] = vars(done)
 
-    def config(self, size: HeadSize) -> Any:
-        """Configuration of a model with a head of this size."""
+    def embedding(self, mode: str, head: VQLogitsHead, bits: int) -> VQEmbedding:
+        """The quantised input embedding.
+
+        Args:
+            mode: `"vq"` or `"tied"`.
+            head: the finished output layer.
+            bits: R of the input embedding.
+        """
+        dense: Any = self.parts.backbone.get_input_embeddings()
+        weights = token_weights(self.corpus.calibration, dense.num_embeddings)
+        if mode == "tied":
+            return tie_embedding(dense, weights, head)
+        information = input_information(
+            self.parts,
+            self.corpus.calibration,
+            seed=self.seed,
+            progress=self.progress("reading backwards"),
+        )
+        embedding, self.details[f"embedding {bits}"] = fit_embedding(
+            dense,
+            weights,
+            information,
+            num_codebooks=bits,
+            seed=self.seed,
+            progress=self.progress,
+        )
+        return embedding
+
+    def config(self, size: HeadSize, **fields: Any) -> VQLogitsConfig:
+        """Configuration of a model with a head of this size; `fields` are further ones."""
         return head_config(
             self.parts,
             code_type=size.code_type,
             num_codebooks=size.num_codebooks,
             codebook_size=size.codebook_size,
+            **fields,
         )
 
     def _head(self, size: HeadSize, statistics: CalibrationStatistics, fit: Any) -> VQLogitsHead:

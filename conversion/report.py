@@ -49,9 +49,14 @@ class ConversionReport:
         head_after: `parameters`, `bytes`, and of these `codes_bytes` and `codebook_bytes`.
         model_parameters: `before` and `after`, of the whole model; codes are none.
         model_bytes: `before` and `after`, of all that a checkpoint stores.
-        embeddings: what became of the input embedding.
+        embeddings: what became of the input embedding: `"keep"`, `"vq"` or `"tied"`.
         tied_before: input and output shared one table.
-        perplexity: `before`, `after` and their ratio `factor`; None without text.
+        embedding_before: `parameters` and `bytes` of the dense input embedding.
+        embedding_after: likewise, with codes, of what the embedding does not share with the output
+            layer.
+        perplexity: `before`, `after` and their ratio `factor`, of the whole model; with a quantised
+            input embedding also `head_alone`, what replacing the output layer alone gives. None
+            without text.
         perplexity_bound: with one index codebook, the perplexity that no training can go below.
         greedy_agreement: share of positions where the most likely token stayed the same.
         logit_seconds: for one row, `dense_float32`, `dense_bfloat16`, `quantised`.
@@ -86,6 +91,8 @@ class ConversionReport:
     model_bytes: dict[str, int]
     embeddings: str
     tied_before: bool
+    embedding_before: dict[str, int]
+    embedding_after: dict[str, int]
     seed: int
     perplexity: dict[str, float] | None = None
     perplexity_bound: float | None = None
@@ -137,6 +144,7 @@ class ConversionReport:
                 f"{megabytes(after['bytes'])} "
                 f"({ratio(before['bytes'], after['bytes'], 'smaller', 'larger')})",
             ),
+            *self._embedding_rows(),
             (
                 "whole model, parameters",
                 f"{self.model_parameters['before']:,}",
@@ -156,6 +164,12 @@ class ConversionReport:
                     f"{self.perplexity['after']:.2f} (x{self.perplexity['factor']:.3f})",
                 )
             )
+            if "head_alone" in self.perplexity:
+                alone = self.perplexity["head_alone"]
+                factor = alone / self.perplexity["before"]
+                rows.append(
+                    ("with the output layer alone replaced", "", f"{alone:.2f} (x{factor:.3f})")
+                )
         if self.greedy_agreement is not None:
             rows.append(("same most likely token", "", f"{self.greedy_agreement:.1%}"))
         if times:
@@ -172,6 +186,35 @@ class ConversionReport:
                 ("least perplexity that one codebook allows", "", f"{self.perplexity_bound:.2f}")
             )
         return rows
+
+    def _embedding_rows(self) -> list[tuple[str, str, str]]:
+        before, after = self.embedding_before, self.embedding_after
+        if self.embeddings == "keep":
+            return []
+        own = " of its own" if self.embeddings == "tied" else ""
+        return [
+            (
+                "input embedding, float parameters",
+                f"{before['parameters']:,}",
+                f"{after['parameters']:,}{own}",
+            ),
+            (
+                "input embedding, bytes (codes counted)",
+                megabytes(before["bytes"]),
+                f"{megabytes(after['bytes'])}{own}",
+            ),
+        ]
+
+    @property
+    def input_side(self) -> str:
+        """What became of the input embedding, in words."""
+        if self.embeddings == "tied":
+            return "tied: codes and codewords of the output layer, stored once for both"
+        if self.embeddings == "vq":
+            return "vq: sign codes and a codebook of its own"
+        if self.tied_before:
+            return "kept dense (it was tied to the output layer, so the model keeps that table)"
+        return "kept dense"
 
     @property
     def distillation(self) -> str | None:
@@ -197,7 +240,7 @@ class ConversionReport:
             ("method, codes", f"{self.method}; {codes}"),
             ("vocabulary, hidden size", vocabulary),
             ("code", f"{self.bits_per_token:,} bits a token, {self.bits_per_weight:.2f} a weight"),
-            ("input embedding", self.embeddings),
+            ("input embedding", self.input_side),
         ]
         for name, text in (("calibration", self.calibration), ("evaluation", self.evaluation)):
             if text is not None:

@@ -92,10 +92,23 @@ class SignFitter:
         progress: Progress | None = None,
     ):
         device = weight.device if device is None else torch.device(device)
-        self._metric = token_metric(weight, statistics, bias=bias, device=device)
+        self._begin(token_metric(weight, statistics, bias=bias, device=device), seed, progress)
+
+    @classmethod
+    def of_metric(
+        cls, metric: TokenMetric, *, seed: int = 0, progress: Progress | None = None
+    ) -> "SignFitter":
+        """A fitter of rows in a metric that is there already; for arguments see the class."""
+        fitter = cls.__new__(cls)
+        fitter._begin(metric, seed, progress)
+        return fitter
+
+    def _begin(self, metric: TokenMetric, seed: int, progress: Progress | None) -> None:
+        self._metric = metric
         self._seed = seed
         self._progress = progress or _silent
-        tokens, size = self._metric.rows.shape
+        tokens, size = metric.rows.shape
+        device = metric.rows.device
         self._generator = torch.Generator().manual_seed(seed)
         self._signs = torch.empty(tokens, 0, dtype=torch.int8, device=device)
         self._codebook = torch.empty(0, size, device=device)

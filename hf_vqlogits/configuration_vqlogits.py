@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 CODE_TYPES = ("sign", "index")
+EMBEDDINGS = ("keep", "vq", "tied")
 
 
 @strict
@@ -33,6 +34,15 @@ class VQLogitsConfig(PreTrainedConfig):
             Granite's `logits_scaling`).
         final_logit_softcapping (`float`, *optional*):
             The c of `c * tanh(logits / c)` (Gemma 2), applied after the scale.
+        embeddings (`str`, *optional*, defaults to `"keep"`):
+            The input embedding. `"keep"`: the backbone's own dense one. `"vq"`: sign codes and a
+            codebook of its own. `"tied"`: the codes and codewords of the head, which must be sign
+            codes; both are stored once.
+        embedding_codebooks (`int`, *optional*):
+            R of the input embedding, with `"vq"` only; defaults to that of a sign-coded head.
+        tie_word_embeddings (`bool`, *optional*):
+            Follows `embeddings`: True exactly with `"tied"`, as Transformers ties tensors only of
+            models that say so. That of `text_config` says what the dense model did.
 
     Raises:
         ValueError: a field is out of range, or fields contradict each other.
@@ -57,6 +67,8 @@ class VQLogitsConfig(PreTrainedConfig):
     codebook_size: int = 2
     logit_scale: float | int = 1.0
     final_logit_softcapping: float | int | None = None
+    embeddings: str = "keep"
+    embedding_codebooks: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -72,6 +84,10 @@ class VQLogitsConfig(PreTrainedConfig):
                     "config.json that holds it is not of a VQ-Logits checkpoint: convert the model "
                     "with `convert_to_vq` first."
                 )
+        self.tie_word_embeddings = self.tie_word_embeddings or self.embeddings == "tied"
+        sign_head = self.code_type == "sign"
+        if self.embeddings == "vq" and self.embedding_codebooks is None and sign_head:
+            self.embedding_codebooks = self.num_codebooks
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -133,8 +149,30 @@ class VQLogitsConfig(PreTrainedConfig):
             raise ValueError(
                 f"`final_logit_softcapping` must be positive and finite, or None, got {cap}."
             )
-        if self.tie_word_embeddings:
+        self._validate_embeddings()
+
+    def _validate_embeddings(self) -> None:
+        if self.embeddings not in EMBEDDINGS:
+            raise ValueError(f"`embeddings` must be one of {EMBEDDINGS}, got {self.embeddings!r}.")
+        if self.tie_word_embeddings != (self.embeddings == "tied"):
             raise ValueError(
-                "`tie_word_embeddings` must be False: a quantised head has no dense weight that "
-                "the input embedding could share."
+                f"`tie_word_embeddings` must be False with `embeddings` {self.embeddings!r}: the "
+                "head has no dense weight that the input embedding could share. Use "
+                "`embeddings='tied'` for an input embedding that shares its codes."
+            )
+        if self.embeddings == "tied" and self.code_type != "sign":
+            raise ValueError(
+                "`embeddings` 'tied' needs a head of sign codes, got `code_type` "
+                f"{self.code_type!r}; use 'vq', whose codes are its own, or 'keep'."
+            )
+        terms = self.embedding_codebooks
+        if self.embeddings != "vq" and terms is not None:
+            raise ValueError(
+                f"`embedding_codebooks` applies to `embeddings` 'vq' only, got {terms} with "
+                f"{self.embeddings!r}."
+            )
+        if self.embeddings == "vq" and (terms is None or terms < 1):
+            raise ValueError(
+                "`embedding_codebooks` must be at least 1 with `embeddings` 'vq' (and is needed "
+                f"beside a head of index codes), got {terms}."
             )

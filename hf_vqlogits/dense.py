@@ -4,8 +4,10 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .embedding import VQEmbedding
 
 
 @dataclass
@@ -56,7 +58,7 @@ def to_dense(quantised: PreTrainedModel) -> DenseModel:
     config.tie_word_embeddings = False
     config.architectures = None
     dense = AutoModelForCausalLM.from_config(config, dtype=quantised.dtype)
-    dense.base_model.load_state_dict(backbone.state_dict())
+    dense.base_model.load_state_dict(_dense_state(backbone))
     linear = dense.get_output_embeddings()
     weight, bias = (t.float() for t in head.to_linear())
     folded = linear.bias is None
@@ -77,6 +79,18 @@ def to_dense(quantised: PreTrainedModel) -> DenseModel:
     return DenseModel(dense.train(quantised.training), folded, deviation * left, deviation)
 
 
+def _dense_state(backbone: PreTrainedModel) -> dict[str, Tensor]:
+    """The backbone's tensors by name, those of a quantised input embedding as its table."""
+    state = backbone.state_dict()
+    embedding = backbone.get_input_embeddings()
+    if isinstance(embedding, VQEmbedding):
+        name = next(name for name, module in backbone.named_modules() if module is embedding)
+        for tensor in embedding.state_dict():
+            del state[f"{name}.{tensor}"]
+        state[f"{name}.weight"] = embedding.weight.to(embedding.codebook.dtype)
+    return state
+
+
 def _shift_is_free(head: nn.Module) -> bool:
     """A constant added to all logits changes no probability, unless a soft-cap follows."""
     return head.final_logit_softcapping is None
@@ -85,17 +99,14 @@ def _shift_is_free(head: nn.Module) -> bool:
 def _refuse_other_logits(quantised: PreTrainedModel, dense: PreTrainedModel) -> None:
     """Prove on a few tokens that scale and soft-cap of the architecture are those of the head."""
     head, linear = quantised.lm_head, dense.get_output_embeddings()
-    training = quantised.training
-    quantised.eval()
     dense.eval()
     ids = torch.arange(min(8, head.out_features), device=quantised.device).unsqueeze(0)
-    hidden = quantised.model(ids).last_hidden_state
+    hidden = dense.base_model(ids).last_hidden_state
     weight = linear.weight.clone()
     # A soft-cap at 30 shows on logits of 20, and hardly on the small ones of a fresh model.
     linear.weight.mul_(20 / linear(hidden).std().clamp(min=1e-6))
     wanted, given = head.postprocess(linear(hidden)), dense(ids).logits
     linear.weight.copy_(weight)
-    quantised.train(training)
     difference = float((wanted - given).abs().max() / wanted.abs().max().clamp(min=1e-6))
     if not difference <= 64 * torch.finfo(weight.dtype).eps:
         raise ValueError(

@@ -51,7 +51,7 @@ def refuse_mismatched(
 
 
 def refuse_incomplete(
-    path: str | os.PathLike[str] | None, missing: Iterable[str], *, head_only: bool
+    path: str | os.PathLike[str] | None, missing: Iterable[str], *, only: tuple[str, ...] = ("",)
 ) -> None:
     """Refuse a checkpoint that lacks tensors.
 
@@ -60,12 +60,13 @@ def refuse_incomplete(
     Args:
         path: of the checkpoint, for the message.
         missing: names of the tensors that the model has and the checkpoint has not.
-        head_only: only the head's count: quantised bodies have tensors that no checkpoint holds.
+        only: beginnings of the names that count: quantised bodies have tensors that no checkpoint
+            holds.
 
     Raises:
         ValueError: names the tensors.
     """
-    names = sorted(name for name in missing if name.startswith("lm_head.") or not head_only)
+    names = sorted(name for name in missing if name.startswith(only))
     if names:
         raise ValueError(
             f"The checkpoint {str(path)!r} lacks {_listed(names)}: it is incomplete, or it is not "

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_vqlogits import VQLogitsConfig
 from .dense import DenseModel, to_dense
+from .embedding import VQEmbedding
 from .generation import VQLogitsGenerationMixin
 from .head import VQLogitsHead
 from .loading import (
@@ -25,8 +26,9 @@ from .loading import (
     refuse_incomplete,
     refuse_mismatched,
 )
-from .resizing import resized_codes, resized_vocabulary
+from .resizing import resized_codes, resized_embedding_codes, resized_vocabulary
 from .routing import router_loss
+from .tying import TiedCodesMixin
 
 HEAD_KEYS = [r"^lm_head\."]
 
@@ -65,13 +67,50 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Everything but the head belongs to the backbone, which initialises itself.
-        if isinstance(module, VQLogitsHead):
+        # All else belongs to the backbone, which initialises itself.
+        if isinstance(module, VQLogitsModel):
+            module = module.get_input_embeddings()
+        if isinstance(module, VQLogitsHead | VQEmbedding):
             tensors = module.state_dict(keep_vars=True).values()
             loaded = (getattr(t, "_is_hf_initialized", False) for t in tensors)
             if not all(loaded):  # `initialization.copy_` leaves alone those that are
                 for name, value in module.initial_tensors().items():
                     initialization.copy_(getattr(module, name), value)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint as [`PreTrainedModel.from_pretrained`] does, and check it.
+
+        Raises:
+            ValueError: tensors are missing, truncated, of another shape than the configuration
+                says, or hold impossible codes; the message says which.
+        """
+        path, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        keep_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        with readable_file_errors(path):
+            # Transformers refuses mismatched sizes too, but names them in the log only.
+            loaded: Any = super().from_pretrained(
+                path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        model, info = loaded
+        if not keep_mismatched:
+            refuse_mismatched(path, info["mismatched_keys"])
+        coded = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, VQLogitsHead | VQEmbedding)
+        }
+        if getattr(model, "hf_quantizer", None) is None:
+            refuse_incomplete(path, info["missing_keys"])
+        else:
+            only = tuple(f"{name}." for name in coded)
+            refuse_incomplete(path, info["missing_keys"], only=only)
+        for module in coded.values():
+            if not module.codes.is_meta:
+                module.check_codes()
+        return (model, info) if with_info else model
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -91,6 +130,10 @@ class VQLogitsModel(VQLogitsPreTrainedModel):
     def __init__(self, config: VQLogitsConfig):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.text_config)
+        if config.embeddings != "keep":
+            terms = config.embedding_codebooks or config.num_codebooks
+            dense = self.backbone.get_input_embeddings()
+            self.backbone.set_input_embeddings(VQEmbedding.in_place_of(dense, terms))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -98,8 +141,48 @@ class VQLogitsModel(VQLogitsPreTrainedModel):
         return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the backbone's input embedding."""
+        """Replace the backbone's input embedding; the configuration says then what it is."""
         self.backbone.set_input_embeddings(value)
+        coded = isinstance(value, VQEmbedding)
+        self.config.tie_word_embeddings = False
+        self.config.embeddings = "vq" if coded else "keep"
+        self.config.embedding_codebooks = value.num_codebooks if coded else None
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        """Resize the input embedding; new tokens of a quantised one start near the mean.
+
+        Args:
+            new_num_tokens: vocabulary size wanted; None keeps it.
+            pad_to_multiple_of: round up to a multiple of this.
+            mean_resizing: start new rows of a dense embedding around the mean of the old ones.
+
+        Returns:
+            The input embedding.
+
+        Raises:
+            TypeError: a size is not an integer.
+            ValueError: a size is below 1.
+        """
+        embedding: Any = self.get_input_embeddings()
+        size = resized_vocabulary(embedding.num_embeddings, new_num_tokens, pad_to_multiple_of)
+        if isinstance(embedding, VQEmbedding):
+            self.set_codes(resized_embedding_codes(embedding, size))
+            return embedding
+        # It also writes the size into the configuration, which it shares with this model.
+        return self.backbone.resize_token_embeddings(size, mean_resizing=mean_resizing)
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Give a quantised input embedding the codes (V, ceil(R / 8)) of another vocabulary."""
+        embedding: Any = self.get_input_embeddings()
+        embedding.set_codes(codes)
+        self.config.get_text_config().vocab_size = len(codes)
+        if hasattr(self.backbone, "vocab_size"):
+            self.backbone.vocab_size = len(codes)
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> ModelOutput:
         """Run the backbone.
@@ -114,7 +197,7 @@ class VQLogitsModel(VQLogitsPreTrainedModel):
         return self.backbone(input_ids, **{k: v for k, v in kwargs.items() if v is not None})
 
 
-class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
+class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
     """A decoder whose output layer is a [`VQLogitsHead`]; made by `convert_to_vq`.
 
     Example:
@@ -131,38 +214,15 @@ class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
         self.model = VQLogitsModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = VQLogitsHead(config)
+        if config.embeddings == "tied":
+            self._tied_weights_keys = self.shared_names()
+            self._fsdp_plan = {}  # head and embedding must lie in one unit, that of the whole
         # `generate` reads the flag here, where it must say what the backbone says.
         self._is_stateful = self.model.backbone._is_stateful
         self.post_init()
         # Handed up by the base model, which loads without the head; here it has to fit.
         inherited = set(self._keys_to_ignore_on_load_unexpected or ())
         self._keys_to_ignore_on_load_unexpected = inherited - set(HEAD_KEYS)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Load a checkpoint as [`PreTrainedModel.from_pretrained`] does, and check its head.
-
-        Raises:
-            ValueError: tensors are missing, truncated, of another shape than the configuration
-                says, or hold impossible codes; the message says which.
-        """
-        path, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
-        keep_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
-        with readable_file_errors(path):
-            # Transformers refuses mismatched sizes too, but names them in the log only.
-            loaded: Any = super().from_pretrained(
-                path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        model, info = loaded
-        if not keep_mismatched:
-            refuse_mismatched(path, info["mismatched_keys"])
-        quantised = getattr(model, "hf_quantizer", None) is not None
-        refuse_incomplete(path, info["missing_keys"], head_only=quantised)
-        if not model.lm_head.codes.is_meta:
-            model.lm_head.check_codes()
-        return (model, info) if with_info else model
 
     def get_output_embeddings(self) -> VQLogitsHead:
         """The head. It has no `.weight`; `head.to_linear()` gives the dense one."""
@@ -181,6 +241,25 @@ class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
                 "one."
             )
         self.lm_head = new_embeddings
+        self.follow_parts()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the input embedding; the configuration says then what it is.
+
+        One whose `codebook` and `codes` are the head's own objects is tied to it.
+        """
+        self.model.set_input_embeddings(value)
+        self.follow_parts()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Save as [`PreTrainedModel.save_pretrained`] does.
+
+        A tied model whose head was trained apart, as by PEFT's merged adapters, holds two codebooks
+        and is saved as one of `embeddings="vq"`.
+        """
+        if isinstance(self.lm_head, VQLogitsHead):
+            self.follow_parts()
+        super().save_pretrained(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -284,7 +363,7 @@ class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
         new_num_tokens: int | None = None,
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
-    ) -> nn.Embedding:
+    ) -> Any:
         """Resize input embedding and head together; a refused resize changes nothing.
 
         New tokens start near the mean of the vocabulary, each with a code of its own where the
@@ -293,7 +372,7 @@ class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
         Args:
             new_num_tokens: vocabulary size wanted; None keeps it.
             pad_to_multiple_of: round up to a multiple of this.
-            mean_resizing: start new input embeddings around the mean of the old ones.
+            mean_resizing: start new rows of a dense embedding around the mean of the old ones.
 
         Returns:
             The input embedding.
@@ -308,9 +387,11 @@ class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
         if size == current:
             return embedding
         codes = resized_codes(self.lm_head, size)
-        # The backbone first: should it refuse, the head is still the old one. It also writes the
-        # size into the configuration, which it shares with this model.
-        embedding = self.model.backbone.resize_token_embeddings(size, mean_resizing=mean_resizing)
+        # The backbone first: should it refuse, the head is still the old one.
+        if self.config.embeddings == "tied":
+            self.model.set_codes(codes)
+        else:
+            embedding = self.model.resize_token_embeddings(size, mean_resizing=mean_resizing)
         self.vocab_size = size
         self.lm_head.codes = codes
         return embedding

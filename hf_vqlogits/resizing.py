@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .embedding import VQEmbedding
 from .head import VQLogitsHead
 
 CHUNK = 8192  # tokens unpacked at a time
@@ -69,9 +70,32 @@ def resized_codes(head: VQLogitsHead, new_size: int) -> Tensor:
     if new_size <= old_size:
         return head.codes[:new_size].clone()
     generator = torch.Generator().manual_seed(old_size)
-    add = _new_sign_codes if head.code_type == "sign" else _new_index_codes
-    new = add(head, new_size - old_size, generator)
+    count = new_size - old_size
+    if head.code_type == "sign":
+        new = _new_sign_codes(_columns(head), head.codes.cpu(), count, generator)
+    else:
+        new = _new_index_codes(head, count, generator)
     return torch.cat([head.codes, new.to(head.codes)])
+
+
+@torch.no_grad()
+def resized_embedding_codes(embedding: VQEmbedding, new_size: int) -> Tensor:
+    """Codes of a quantised input embedding cut to, or continued up to, `new_size` tokens.
+
+    Args:
+        embedding: of vocabulary V; it is not changed.
+        new_size: vocabulary size wanted, at least 1.
+
+    Returns:
+        Codes (new_size, ceil(R / 8)). The same call gives the same codes.
+    """
+    old = embedding.codes
+    if new_size <= len(old):
+        return old[:new_size].clone()
+    generator = torch.Generator().manual_seed(len(old))
+    columns = embedding.score_scale * embedding.codebook.float().cpu()
+    new = _new_sign_codes(columns, old.cpu(), new_size - len(old), generator)
+    return torch.cat([old, new.to(old)])
 
 
 def _columns(head: VQLogitsHead) -> Tensor:
@@ -84,9 +108,9 @@ def _columns(head: VQLogitsHead) -> Tensor:
     return head.score_scale * columns
 
 
-def _new_sign_codes(head: VQLogitsHead, count: int, generator: torch.Generator) -> Tensor:
-    columns = _columns(head)  # R, d + 1
-    terms, old = head.num_codebooks, head.codes.cpu()
+def _new_sign_codes(columns: Tensor, old: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Codes of `count` tokens with codewords `columns` (R, D) beside `old` codes of V tokens."""
+    terms = len(columns)
     sums = [ops.unpack_signs(part, terms).sum(0) for part in old.split(CHUNK)]
     mean_sign = torch.stack(sums).sum(0) / len(old)
     chance = torch.rand(count, terms, generator=generator)

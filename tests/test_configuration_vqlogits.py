@@ -44,6 +44,8 @@ def test_sizes_are_read_through_and_not_stored_twice(tmp_path):
         {"code_type": "index", "num_codebooks": 3, "codebook_size": 16},
         {"logit_scale": 0.0625, "final_logit_softcapping": 30.0},
         {"logit_scale": 2, "final_logit_softcapping": 30},
+        {"embeddings": "vq", "embedding_codebooks": 77},
+        {"embeddings": "tied", "tie_word_embeddings": True},
     ],
 )
 def test_survives_saving(tmp_path, fields):
@@ -53,6 +55,14 @@ def test_survives_saving(tmp_path, fields):
     assert isinstance(loaded, VQLogitsConfig)
     assert loaded.text_config.to_dict() == config.text_config.to_dict()
     assert {k: getattr(loaded, k) for k in fields} == fields
+
+
+def test_the_input_side():
+    fields = {"text_config": text_config("gpt2"), "num_codebooks": 40}
+    kept, own, tied = (VQLogitsConfig(**fields, embeddings=m) for m in ("keep", "vq", "tied"))
+    assert VQLogitsConfig(**fields).to_dict() == kept.to_dict()
+    assert [c.embedding_codebooks for c in (kept, own, tied)] == [None, 40, None]
+    assert [c.tie_word_embeddings for c in (kept, own, tied)] == [False, False, True]
 
 
 def test_use_cache_is_the_backbones():
@@ -74,7 +84,29 @@ def test_use_cache_is_the_backbones():
         ({"logit_scale": float("nan")}, "`logit_scale` must be positive and finite, got nan"),
         ({"final_logit_softcapping": -1.0}, "`final_logit_softcapping` must be positive .*-1.0"),
         ({"final_logit_softcapping": float("inf")}, "`final_logit_softcapping` .*finite.* got inf"),
-        ({"tie_word_embeddings": True}, "`tie_word_embeddings` must be False"),
+        ({"tie_word_embeddings": True}, "`tie_word_embeddings` must be False with .* 'keep'"),
+        (
+            {"tie_word_embeddings": True, "embeddings": "vq"},
+            "`tie_word_embeddings` must be False with .* 'vq'.* Use `embeddings='tied'`",
+        ),
+        ({"embeddings": "both"}, r"`embeddings` must be one of \('keep', .*got 'both'"),
+        (
+            {"embeddings": "tied", "code_type": "index", "codebook_size": 9},
+            "'tied' needs a head of sign codes, got `code_type` 'index'",
+        ),
+        ({"embedding_codebooks": 9}, "`embedding_codebooks` applies to .* got 9 with 'keep'"),
+        (
+            {"embeddings": "tied", "embedding_codebooks": 9},
+            "`embedding_codebooks` applies to .* got 9 with 'tied'",
+        ),
+        (
+            {"embeddings": "vq", "embedding_codebooks": 0},
+            "`embedding_codebooks` must be at least 1 .* got 0",
+        ),
+        (
+            {"embeddings": "vq", "code_type": "index", "codebook_size": 9},
+            "`embedding_codebooks` must be at least 1 .* beside a head of index codes.* got None",
+        ),
         ({"text_config": {"model_type": "t5"}}, "`text_config` must describe a decoder.*'t5'"),
     ],
 )

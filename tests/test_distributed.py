@@ -31,6 +31,8 @@ CODES = {
     "sign": {"code_type": "sign", "num_codebooks": 21},
     "index": {"code_type": "index", "num_codebooks": 3, "codebook_size": 5},
     "int32": {"code_type": "index", "num_codebooks": 1, "codebook_size": 300},
+    "own input codes": {"num_codebooks": 21, "embeddings": "vq"},
+    "tied": {"num_codebooks": 21, "embeddings": "tied"},
 }
 
 
@@ -75,11 +77,15 @@ def train(model: nn.Module, rank: int, processes: int) -> list[float]:
 
 
 def shard(model: VQLogitsForCausalLM) -> None:
-    """FSDP2 with the head as a unit of its own, as its hooks fire on its `forward`."""
+    """FSDP2 with the head as a unit of its own, as its hooks fire on its `forward`.
+
+    A tied one shares tensors with the embedding, and has to lie in the unit of that.
+    """
     mesh = init_device_mesh("cpu", (PROCESSES,))
     for block in model.model.backbone.h:
         fully_shard(block, mesh=mesh)
-    fully_shard(model.lm_head, mesh=mesh)
+    if model.config.embeddings != "tied":
+        fully_shard(model.lm_head, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

@@ -180,3 +180,21 @@ def test_options_of_the_trainer(make_model, make_trainer, texts, option):
     trainer.train()
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("mode", ["vq", "tied"])
+def test_quantised_input_embeddings_train_and_reload(
+    make_model, make_trainer, texts, mode, tmp_path
+):
+    model = make_model("gpt2", embeddings=mode)
+    options = {"max_steps": 6, "neftune_noise_alpha": 0.1, "activation_checkpointing": True}
+    trainer = make_trainer(model, texts, **options)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after < before
+    trainer.save_model(tmp_path / "trained")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert loaded.config.embeddings == mode
+    again = make_trainer(loaded, texts).evaluate()["eval_loss"]
+    assert again == pytest.approx(after, rel=1e-5)

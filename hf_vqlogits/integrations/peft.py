@@ -27,8 +27,8 @@ def lora_config(model: PreTrainedModel, **kwargs: Any) -> "LoraConfig":
     those of the backbone's type, or all linear layers of the body where PEFT has none for it.
 
     Args:
-        model: the model to be adapted. A dense one gets the same targets, for comparison, and its
-            output layer stays frozen.
+        model: the model to be adapted. A dense one gets the same targets, for comparison. Its
+            output layer stays frozen, as does a head that is tied to the input embedding.
         **kwargs: fields of `peft.LoraConfig`; they go before the defaults chosen here.
 
     Returns:
@@ -47,11 +47,13 @@ def lora_config(model: PreTrainedModel, **kwargs: Any) -> "LoraConfig":
     backbone = model.config.get_text_config().model_type
     targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(backbone, "all-linear")
     state_space = any(name.endswith(".conv1d") for name, _ in model.named_modules())
-    quantised = isinstance(model.get_output_embeddings(), VQLogitsHead)
+    own_head = isinstance(model.get_output_embeddings(), VQLogitsHead)
+    # PEFT would train a copy of a tied head, and merging it would untie the model.
+    own_head = own_head and model.config.embeddings != "tied"
     defaults = {
         "task_type": TaskType.CAUSAL_LM,
         "target_modules": targets,
         "exclude_modules": list(UNCALLED_LAYERS) if state_space else None,
-        "modules_to_save": ["lm_head"] if quantised else None,
+        "modules_to_save": ["lm_head"] if own_head else None,
     }
     return LoraConfig(**{**defaults, **kwargs})

@@ -1,11 +1,20 @@
 """Operations on codes, scores and logits; they know tensors only.
 
-`eager.py` is the specification. `registration.py` and `cross_entropy.py` declare the operations to
-PyTorch, `backends.py` chooses who computes them: `eager.py`, `matmul.py` or the compiled `cpu.py`.
+`eager.py` is the specification. `registration.py`, `cross_entropy.py` and `gather.py` declare the
+operations to PyTorch, `backends.py` chooses who computes them: `eager.py`, `matmul.py` or the
+compiled `cpu.py`.
 """
 
 from .cross_entropy import linear_cross_entropy
 from .eager import pack_signs, scores, unpack_signs
+from .gather import gather_rows
 from .registration import expand
 
-__all__ = ["expand", "linear_cross_entropy", "pack_signs", "scores", "unpack_signs"]
+__all__ = [
+    "expand",
+    "gather_rows",
+    "linear_cross_entropy",
+    "pack_signs",
+    "scores",
+    "unpack_signs",
+]

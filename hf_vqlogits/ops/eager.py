@@ -114,6 +114,27 @@ def expand_backward(grad: Tensor, codes: Tensor, code_type: str, shape: tuple[in
     return _expand_indices_backward(grad, codes, shape[1], shape[2])
 
 
+def gather_rows(codes: Tensor, ids: Tensor, codebook: Tensor, scale: float) -> Tensor:
+    """Rows (N, d) of the tokens `ids` (N,): `scale * S[ids] @ codebook`, S the +-1 matrix."""
+    rows = codebook.new_empty(len(ids), codebook.shape[1])
+    unused = codebook.new_zeros(())
+    for some, signs in _pieces(codes.index_select(0, ids), len(codebook), codebook.dtype):
+        # Scaled within the product, before it is rounded: unscaled, float16 could overflow.
+        rows[some] = torch.addmm(unused, signs, codebook, beta=0, alpha=scale)
+    return rows
+
+
+def gather_rows_backward(
+    grad: Tensor, codes: Tensor, ids: Tensor, num_codebooks: int, scale: float
+) -> Tensor:
+    """Gradient (R, d) of [`gather_rows`] with respect to the codebook, from that of the rows."""
+    exact = grad.to(sum_dtype(grad.dtype))
+    sums = exact.new_zeros(num_codebooks, grad.shape[1])
+    for some, signs in _pieces(codes.index_select(0, ids), num_codebooks, exact.dtype):
+        sums.addmm_(signs.T, exact[some], alpha=scale)
+    return sums.to(grad.dtype)
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type in which scores of type `dtype` are summed."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

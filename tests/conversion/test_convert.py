@@ -365,7 +365,6 @@ def test_push_to_hub_uploads_the_output_folder(tiny_folder, text_file, tmp_path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"embeddings": "tied"}, "`embeddings` must be 'keep', got 'tied'"),
         ({"method": "kmeans", "ladder": True}, "`ladder` compares sign codes"),
         ({"push_to_hub": "a/b"}, "give `output` as well"),
         ({"calibration_tokens": 0}, "`calibration_tokens` must be at least 1, got 0"),

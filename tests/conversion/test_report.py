@@ -39,8 +39,10 @@ def report():
         },
         model_parameters={"before": 124_439_808, "after": 125_211_115},
         model_bytes={"before": 497_759_232, "after": 507_176_842},
-        embeddings="kept dense",
+        embeddings="keep",
         tied_before=True,
+        embedding_before={"parameters": 38_597_376, "bytes": 154_389_504},
+        embedding_after={"parameters": 38_597_376, "bytes": 154_389_504},
         seed=0,
         perplexity={"before": 30.0, "after": 31.5, "factor": 1.05},
         greedy_agreement=0.91,
@@ -231,6 +233,45 @@ def test_plot_draws_bars_before_and_after(report, drawn, tmp_path):
     for axis in figure.axes:
         assert [label.get_text() for label in axis.get_xticklabels()] == ["dense", "VQ-Logits"]
     assert [text.get_text() for text in figure.axes[0].texts] == ["154", "9.42"]
+
+
+@pytest.fixture
+def of_both_sides(report):
+    report.embeddings = "tied"
+    report.embedding_after = {"parameters": 768, "bytes": 3_072}
+    report.model_parameters["after"] = 86_614_571
+    report.model_bytes["after"] = 352_787_466
+    report.perplexity["head_alone"] = 31.2
+    return report
+
+
+def test_both_sides_are_told_apart(of_both_sides):
+    rows = {name: values for name, *values in of_both_sides.rows()}
+    assert rows["input embedding, float parameters"] == ["38,597,376", "768 of its own"]
+    assert rows["input embedding, bytes (codes counted)"] == ["154.4 MB", "3.1 kB of its own"]
+    assert rows["whole model, bytes"] == ["497.8 MB", "352.8 MB"]
+    assert rows["perplexity, held-out text"] == ["30.00", "31.50 (x1.050)"]
+    assert rows["with the output layer alone replaced"] == ["", "31.20 (x1.040)"]
+    shown = printed(of_both_sides, 200)
+    assert "input embedding: tied: codes and codewords of the output layer" in shown
+    of_both_sides.embeddings = "vq"
+    rows = {name: values for name, *values in of_both_sides.rows()}
+    assert rows["input embedding, bytes (codes counted)"] == ["154.4 MB", "3.1 kB"]
+
+
+def test_plot_of_both_sides_shows_the_whole_model(of_both_sides, drawn, tmp_path):
+    plot(of_both_sides, tmp_path / "plot.png")
+    panels = {axis.get_title(): [b.get_height() for b in axis.patches] for axis in drawn[0].axes}
+    assert panels["whole model, MB"] == pytest.approx([497.759232, 352.787466])
+
+
+@pytest.mark.parametrize(
+    ("tied", "words"), [(True, "kept dense (it was tied"), (False, "kept dense")]
+)
+def test_a_dense_input_side(report, tied, words):
+    report.tied_before = tied
+    assert dict(report.facts())["input embedding"].startswith(words)
+    assert not any("input embedding" in name for name, *_ in report.rows())
 
 
 def test_plot_draws_a_point_for_every_rung(report, rung, drawn, tmp_path):

@@ -226,3 +226,77 @@ def test_resized_vocabulary_is_saved_with_the_adapter(base, ids, tmp_path):
     again.resize_token_embeddings(again.vocab_size + 3)
     loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
     assert torch.equal(logits(loaded, ids), expected)
+
+
+# Quantised input embeddings
+
+
+def coded(make_model, folder, mode):
+    make_model("gpt2", **CODES["sign"], embeddings=mode).save_pretrained(folder)
+    return load(folder)
+
+
+@pytest.mark.parametrize("mode", ["vq", "tied"])
+def test_quantised_input_embeddings_stay_as_they_are(make_model, ids, tmp_path, mode):
+    """The head of a tied model as well, as PEFT would train a copy of it."""
+    model = coded(make_model, tmp_path / "base", mode)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    adapted = peft.get_peft_model(model, lora_config(model, r=4))
+    losses = train(adapted, ids)
+    assert losses[-1] < losses[0]
+    expected = logits(adapted, ids)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(loaded, ids), expected)
+
+    merged = adapted.merge_and_unload()
+    after = merged.state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    head = {"lm_head.codebook", "lm_head.codebook_bias"}
+    assert {k for k in changed if "c_attn" not in k} == (head if mode == "vq" else set())
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = load(tmp_path / "merged")
+    assert loaded.config.embeddings == mode
+    assert (logits(loaded, ids) - expected).abs().max() < 0.01 * expected.std()
+
+
+@pytest.mark.filterwarnings("ignore:.*tied:UserWarning")
+def test_a_tied_head_that_is_trained_apart_is_saved_as_one_of_its_own(make_model, ids, tmp_path):
+    model = coded(make_model, tmp_path / "base", "tied")
+    adapted = peft.get_peft_model(model, lora_config(model, modules_to_save=["lm_head"]))
+    train(adapted, ids)
+    expected = logits(adapted, ids)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(loaded, ids), expected)
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = load(tmp_path / "merged")
+    assert (loaded.config.embeddings, loaded.config.embedding_codebooks) == ("vq", 21)
+    assert (logits(loaded, ids) - expected).abs().max() < 0.01 * expected.std()
+
+
+@pytest.mark.parametrize("mode", ["vq", "tied"])
+def test_adapters_of_a_resized_quantised_embedding(make_model, ids, tmp_path, mode):
+    model = coded(make_model, tmp_path / "base", mode)
+    model.resize_token_embeddings(model.vocab_size + 3)
+    adapted = peft.get_peft_model(model, lora_config(model))
+    train(adapted, ids)
+    expected = logits(adapted, ids)
+    with pytest.warns(UserWarning, match="has been resized"):
+        adapted.save_pretrained(tmp_path / "adapter")
+    again = load(tmp_path / "base")
+    again.resize_token_embeddings(again.vocab_size + 3)
+    loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
+    assert torch.equal(logits(loaded, ids), expected)
+
+
+@pytest.mark.parametrize("mode", ["vq", "tied"])
+def test_checkpointing_with_adapters(make_model, ids, tmp_path, mode):
+    model = coded(make_model, tmp_path / "base", mode)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    adapted = peft.get_peft_model(model, lora_config(model, r=4))
+    losses = train(adapted, ids)
+    assert losses[-1] < losses[0]
+    assert all(p.any() for n, p in adapted.named_parameters() if "lora_B" in n)

@@ -1,0 +1,207 @@
+"""The vector-quantised input embedding.
+
+Letters: V vocabulary, d width of the embedding, R bits a token.
+
+A token's row is the signed mean of R shared vectors, as in the output layer, plus one vector that
+all tokens share:
+
+    row[v] = score_scale * sum_r s[v, r] codebook[r] + offset,  s = +1 or -1
+
+The offset is there because the output layer's codes leave it out: one vector added to all output
+vectors changes no probability, but to all input vectors it does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .head import score_scale
+
+# The tensors that a tied embedding has in common with the head.
+SHARED = ("codebook", "codes")
+
+
+class VQEmbedding(nn.Module):
+    """Input embedding whose V x d table is a small codebook and a sign code per token.
+
+    Equivalent to `nn.functional.embedding(ids, embedding.weight) * embed_scale`, without the table.
+
+    Attributes:
+        codebook: parameter (R, d).
+        offset: parameter (d,), added to every row.
+        codes: buffer, uint8 (V, ceil(R / 8)), bit r of a token in bit r % 8 of byte r // 8, 1
+            meaning +1.
+        score_scale: the power of two nearest to 1 / R.
+        padding_idx: the token from whose row nothing is learned, or None. Its row is what its code
+            says, and not zero.
+        embed_scale: the family's own factor on its embeddings (Gemma's sqrt(d)), or None.
+
+    Args:
+        num_embeddings: V.
+        embedding_dim: d.
+        num_codebooks: R, bits a token.
+        padding_idx: see above.
+        embed_scale: see above.
+
+    Example:
+        >>> embedding = VQEmbedding(50257, 768, num_codebooks=1003)
+        >>> embedding(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 768])
+    """
+
+    codes: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        num_codebooks: int,
+        padding_idx: int | None = None,
+        embed_scale: float | None = None,
+    ):
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        self.num_codebooks = num_codebooks
+        self.score_scale = score_scale(num_codebooks)
+        self.padding_idx = padding_idx
+        self.embed_scale = embed_scale
+        self.codebook = nn.Parameter(torch.empty(num_codebooks, embedding_dim))
+        self.offset = nn.Parameter(torch.empty(embedding_dim))
+        codes = torch.empty(num_embeddings, -(-num_codebooks // 8), dtype=torch.uint8)
+        self.register_buffer("codes", codes)
+        self.reset_parameters()
+
+    @classmethod
+    def in_place_of(cls, dense: nn.Module, num_codebooks: int) -> "VQEmbedding":
+        """An embedding of random codes with the shape, scale and padding of a dense one.
+
+        Raises:
+            ValueError: the dense one is none that it could stand for.
+        """
+        scale = family_scale(dense)
+        assert isinstance(dense, nn.Embedding)
+        return cls(
+            dense.num_embeddings,
+            dense.embedding_dim,
+            num_codebooks=num_codebooks,
+            padding_idx=dense.padding_idx,
+            embed_scale=scale,
+        )
+
+    @property
+    def num_embeddings(self) -> int:
+        """V."""
+        return self.codes.shape[0]
+
+    @property
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        """The dense table (V, d) before the family's scale, written out anew at every access.
+
+        For code that reads it, be it for its shape only; changes to it are lost. In float32 or the
+        codebook's type where that is wider.
+        """
+        exact = self.codebook.to(torch.promote_types(self.codebook.dtype, torch.float32))
+        tokens = torch.arange(self.num_embeddings, device=self.codes.device)
+        return ops.gather_rows(self.codes, tokens, exact, self.score_scale) + self.offset
+
+    def initial_tensors(self) -> dict[str, Tensor]:
+        """Random tensors to be trained from scratch, by name, drawn on the CPU.
+
+        Codes are uniform; codewords are normal with the deviation that gives rows the variance of
+        a dense embedding initialised at 0.02.
+        """
+        terms, device = self.num_codebooks, torch.device("cpu")
+        deviation = 0.02 / (self.score_scale * terms**0.5)
+        codes = torch.randint(0, 256, tuple(self.codes.shape), dtype=torch.uint8, device=device)
+        codes[:, -1] &= 255 >> (-terms % 8)  # padding bits are 0
+        return {
+            "codebook": torch.randn(self.codebook.shape, device=device) * deviation,
+            "offset": torch.zeros(self.embedding_dim, device=device),
+            "codes": codes,
+        }
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the embedding anew from PyTorch's global generator; nothing happens on `meta`."""
+        if self.codebook.is_meta:
+            return
+        for name, value in self.initial_tensors().items():
+            getattr(self, name).copy_(value)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Rows of tokens: (...) int64 or int32 -> (..., d) in the type of the codebook."""
+        rows = ops.gather_rows(self.codes, input_ids, self.codebook, self.score_scale) + self.offset
+        if self.padding_idx is not None and rows.requires_grad:
+            padding = (input_ids == self.padding_idx).unsqueeze(-1)
+            rows = torch.where(padding, rows.detach(), rows)
+        if self.embed_scale is not None:
+            # Rounded to the type of the rows first, as Gemma does it.
+            rows = rows * torch.full((), self.embed_scale, dtype=rows.dtype, device=rows.device)
+        return rows
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Take codes of another vocabulary (V, ceil(R / 8))."""
+        self.codes = codes
+        if self.padding_idx is not None and self.padding_idx >= len(codes):
+            self.padding_idx = None
+
+    def check_codes(self) -> None:
+        """Check that the codes are possible ones.
+
+        Raises:
+            ValueError: a code sets a bit above R.
+        """
+        used = self.num_codebooks % 8
+        wrong = self.codes[:, -1] >> used if used else self.codes.new_zeros(1)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"`codes` of the input embedding sets bits above its {self.num_codebooks}, first "
+                f"for token {int(wrong.nonzero()[0])}: the checkpoint is damaged or its "
+                "config.json belongs to another model."
+            )
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, num_codebooks={self.num_codebooks}, "
+            f"padding_idx={self.padding_idx}, embed_scale={self.embed_scale}"
+        )
+
+    def storage(self) -> dict[str, Any]:
+        """Sizes that every report quotes.
+
+        Returns:
+            `float_parameters` (codebook and offset), `codes_bytes` and `total_bytes`.
+        """
+        floats = (self.codebook, self.offset)
+        codes_bytes = self.codes.numel()
+        return {
+            "float_parameters": sum(t.numel() for t in floats),
+            "codes_bytes": codes_bytes,
+            "total_bytes": codes_bytes + sum(t.numel() * t.element_size() for t in floats),
+        }
+
+
+def family_scale(dense: nn.Module) -> float | None:
+    """The factor that a family's own embedding class puts on its rows, or None.
+
+    Transformers has such classes under many names, of two kinds: the factor is `scalar_embed_scale`
+    (the Gemmas) or a number `embed_scale` (BioGPT, XGLM). Most families apply theirs after the
+    embedding, in the backbone, where it stays.
+
+    Raises:
+        ValueError: it is no embedding, or one that does something else with its rows.
+    """
+    if type(dense) is nn.Embedding and dense.max_norm is None:
+        return None
+    scale = getattr(dense, "scalar_embed_scale", getattr(dense, "embed_scale", None))
+    if not isinstance(dense, nn.Embedding) or not isinstance(scale, int | float):
+        raise ValueError(
+            f"The input embedding is a {type(dense).__name__}, whose rows are not known to be a "
+            "table's times a factor; it can only stay dense (`embeddings='keep'`)."
+        )
+    return None if scale == 1 else float(scale)
