@@ -56,7 +56,7 @@ def quality(model: str) -> str:
     def cells(row: dict[str, Any]) -> Iterable[str]:
         method, share = row["head"].split()
         yield f"{HEADS[method]}, {share.replace('.0%', '%')}"
-        yield f"{row['bits_per_token']:,}"
+        yield f"{row['bits_per_token']:,.0f}"
         yield f"{row['bits_per_weight']:.2f}"
         yield f"{row['total_bytes'] / 1e6:.1f} MB"
         yield f"**{times(row['factor'])}**"

@@ -100,7 +100,7 @@ def plot(report: ConversionReport, path: Path) -> None:
         axis.margins(y=0.15)
     if report.ladder:
         _plot_ladder(axes[-1], report)
-    figure.suptitle(f"{report.source}, {report.bits_per_token:,} bits a token", fontsize=11)
+    figure.suptitle(f"{report.source}, {report.bits_per_token:,.0f} bits a token", fontsize=11)
     figure.savefig(path, dpi=120)
 
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 from .convert import convert_to_vq
 from .corpus import CALIBRATION_TOKENS, SELF_TOKENS
 from .errors import ConversionError
-from .sizes import DEFAULT_REDUCTION, METHODS
+from .sizes import DEFAULT_FINE_SHARE, DEFAULT_REDUCTION, METHODS
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -49,6 +49,12 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--bits-per-weight", type=float, help="bits a token over d (signs)")
     size.add_argument("--num-codebooks", type=int, help="codebooks (residual)")
     size.add_argument("--codebook-size", type=int, help="codewords of a codebook (index codes)")
+    p.add_argument(
+        "--fine-share",
+        type=float,
+        help="share of the tokens that have a second code, those that count most (signs); default "
+        f"{DEFAULT_FINE_SHARE}",
+    )
     text = p.add_argument_group("text")
     text.add_argument(
         "--calibration-data",

@@ -45,6 +45,7 @@ def convert_to_vq(
     bits_per_weight: float | None = None,
     num_codebooks: int | None = None,
     codebook_size: int | None = None,
+    fine_share: float | None = None,
     calibration_data: str | os.PathLike[str] | None = None,
     calibration_tokens: int | None = None,
     eval_data: str | os.PathLike[str] | None = None,
@@ -74,6 +75,8 @@ def convert_to_vq(
         bits_per_weight: R / d instead (signs).
         num_codebooks: G (index codes).
         codebook_size: K (index codes).
+        fine_share: share of the tokens that have a second code, those that count most (signs);
+            default 0.1.
         calibration_data: text file, folder, `.gz`, dataset name, or `"self"` for text that the
             model writes. Default: WikiText-2, and `"self"` where that cannot be had.
         calibration_tokens: how many tokens of it to use at most; default 100,000, or 40,000 of text
@@ -103,6 +106,7 @@ def convert_to_vq(
         "bits_per_weight": bits_per_weight,
         "num_codebooks": num_codebooks,
         "codebook_size": codebook_size,
+        "fine_share": fine_share,
     }
     check_size_options(method, **sizes)
     _check_options(embeddings, ladder, method, folder, push_to_hub)
@@ -118,7 +122,7 @@ def convert_to_vq(
     parts = take_apart(source.model)
     vocab_size, hidden_size = parts.weight.shape
     size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
-    steps = _ladder_sizes(vocab_size, hidden_size) if ladder else []
+    steps = _ladder_sizes(vocab_size, hidden_size, fine_share) if ladder else []
     if folder is not None:
         head_bytes = size.stored_bytes(vocab_size, hidden_size, parts.weight.element_size())
         check_room(folder, output_bytes(parts.backbone, head_bytes, source))
@@ -149,10 +153,14 @@ def convert_to_vq(
     return report
 
 
-def _ladder_sizes(vocab_size: int, hidden_size: int) -> list[HeadSize]:
-    shape = {"vocab_size": vocab_size, "hidden_size": hidden_size}
+def _ladder_sizes(vocab_size: int, hidden_size: int, fine_share: float | None) -> list[HeadSize]:
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "fine_share": fine_share,
+    }
     try:
-        return [choose_size("signs", param_reduction=reduction, **shape) for reduction in LADDER]
+        return [choose_size("signs", param_reduction=reduction, **common) for reduction in LADDER]
     except ConversionError as error:
         raise ConversionError(
             f"`ladder` compares {', '.join(map(str, LADDER))}, but: {error} Convert without it."

@@ -85,7 +85,7 @@ class Quantiser:
         fitter.greedy(max(size.num_codebooks for size in sizes))
         heads = {}
         for size in sizes:
-            fit = fitter.fit(size.num_codebooks)
+            fit = fitter.fit(size.num_codebooks, size.num_fine_tokens)
             self.details[f"signs {size.num_codebooks}"] = fit.details
             heads[size] = self._head(size, statistics, fit)
         return heads
@@ -128,6 +128,7 @@ class Quantiser:
             code_type=size.code_type,
             num_codebooks=size.num_codebooks,
             codebook_size=size.codebook_size,
+            num_fine_tokens=size.num_fine_tokens,
         )
 
     def _head(self, size: HeadSize, statistics: CalibrationStatistics, fit: Any) -> VQLogitsHead:
@@ -141,6 +142,8 @@ class Quantiser:
         head.codebook = nn.Parameter(put(fit.codebook.float() / head.score_scale))
         head.codebook_bias = nn.Parameter(put(fit.codebook_bias.float() / head.score_scale))
         head.codes = put(fit.codes)
+        if size.num_fine_tokens:
+            head.fine_ids, head.fine_codes = put(fit.fine_ids), put(fit.fine_codes)
         head.hidden_mean = put(statistics.mean.float())
         head.fold_direction = put(statistics.fold_direction().float())
         head.check_codes()

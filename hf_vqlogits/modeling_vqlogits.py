@@ -24,6 +24,7 @@ from .loading import (
     readable_file_errors,
     refuse_incomplete,
     refuse_mismatched,
+    refuse_unexpected,
 )
 from .resizing import resized_codes, resized_vocabulary
 from .routing import router_loss
@@ -158,6 +159,7 @@ class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
         model, info = loaded
         if not keep_mismatched:
             refuse_mismatched(path, info["mismatched_keys"])
+        refuse_unexpected(path, info["unexpected_keys"])
         quantised = getattr(model, "hf_quantizer", None) is not None
         refuse_incomplete(path, info["missing_keys"], head_only=quantised)
         if not model.lm_head.codes.is_meta:
@@ -313,6 +315,8 @@ class VQLogitsForCausalLM(VQLogitsPreTrainedModel, VQLogitsGenerationMixin):
         embedding = self.model.backbone.resize_token_embeddings(size, mean_resizing=mean_resizing)
         self.vocab_size = size
         self.lm_head.codes = codes
+        self.lm_head.keep_fine_codes_below(size)
+        self.config.num_fine_tokens = self.lm_head.num_fine_tokens
         return embedding
 
     def to_dense(self) -> DenseModel:

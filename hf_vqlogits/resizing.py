@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import ops
 from .head import VQLogitsHead
+from .ops import eager
 
 CHUNK = 8192  # tokens unpacked at a time
 MOST_TRIES = 10_000  # for a free code; where so many are taken there is hardly room
@@ -88,6 +89,9 @@ def _new_sign_codes(head: VQLogitsHead, count: int, generator: torch.Generator) 
     columns = _columns(head)  # R, d + 1
     terms, old = head.num_codebooks, head.codes.cpu()
     sums = [ops.unpack_signs(part, terms).sum(0) for part in old.split(CHUNK)]
+    if head.fine_codes is not None:
+        fine = [ops.unpack_signs(part, terms).sum(0) for part in head.fine_codes.cpu().split(CHUNK)]
+        sums += [eager.FINE_FACTOR * part for part in fine]
     mean_sign = torch.stack(sums).sum(0) / len(old)
     chance = torch.rand(count, terms, generator=generator)
     signs = torch.where(chance < (1 + mean_sign) / 2, 1.0, -1.0)

@@ -27,6 +27,7 @@ def report():
         hidden_size=768,
         num_codebooks=1_003,
         codebook_size=2,
+        num_fine_tokens=0,
         bits_per_token=1_003,
         bits_per_weight=1.306,
         param_reduction=0.98,
