@@ -50,7 +50,7 @@ def model_card(report: ConversionReport) -> str:
     )
     training = "without training"
     if report.distillation is not None:
-        training = f"with its codebook trained by distillation ({report.distillation})"
+        training = f"with the output layer alone trained by distillation ({report.distillation})"
     return CARD.format(
         metadata=metadata.to_yaml(),
         source=report.source,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from .convert import convert_to_vq
+from .convert import DISTILL_STEPS, convert_to_vq
 from .corpus import CALIBRATION_TOKENS, SELF_TOKENS
 from .errors import ConversionError
 from .sizes import DEFAULT_FINE_SHARE, DEFAULT_REDUCTION, METHODS
@@ -71,8 +71,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--distill-steps",
         type=int,
-        default=0,
-        help="steps of training the codebook towards the dense layer; default 0",
+        help="steps, of about 1,000 tokens, of training towards the dense layer; default "
+        f"{DISTILL_STEPS} for signs, else 0",
+    )
+    p.add_argument(
+        "--distill-state",
+        metavar="FILE",
+        help="keep the state of the distillation, so that the same command goes on after an "
+        "interrupt; removed at the end",
     )
     p.add_argument(
         "--embeddings", default="keep", choices=("keep",), help="what becomes of the input side"

@@ -22,7 +22,9 @@ from .checkpoint import (
     whole_or_nothing,
     write_checkpoint,
 )
-from .corpus import prepare_corpus
+from .corpus import Corpus, prepare_corpus
+from .distillation import long_enough
+from .distillation_state import check_state_file
 from .errors import ConversionError
 from .families import take_apart
 from .quantise import LADDER, Quantiser
@@ -31,6 +33,9 @@ from .sizes import HeadSize, check_size_options, choose_size
 from .source import Source, load_source
 
 LAST_SEED = 2**31 - 1  # the largest that every library here takes
+
+
+DISTILL_STEPS = 320  # some five minutes for SmolLM2-135M on two cores
 
 
 def convert_to_vq(
@@ -49,7 +54,8 @@ def convert_to_vq(
     calibration_data: str | os.PathLike[str] | None = None,
     calibration_tokens: int | None = None,
     eval_data: str | os.PathLike[str] | None = None,
-    distill_steps: int = 0,
+    distill_steps: int | None = None,
+    distill_state: str | os.PathLike[str] | None = None,
     embeddings: str = "keep",
     ladder: bool = False,
     device: str | torch.device | None = None,
@@ -82,7 +88,10 @@ def convert_to_vq(
         calibration_tokens: how many tokens of it to use at most; default 100,000, or 40,000 of text
             that the model writes.
         eval_data: text to judge by; default a held-out fifth of the calibration text.
-        distill_steps: steps of training the codebook towards the dense layer.
+        distill_steps: steps, of about a thousand positions each, of training codes and codebook
+            towards the dense layer; default 320 for signs where the text is long enough, else 0.
+        distill_state: file that keeps the state of the distillation, so that the same call goes on
+            after an interrupt; removed at the end.
         embeddings: `"keep"`: the input embedding stays as it is.
         ladder: compare 99.5, 99, 98 and 96% on the evaluation text (signs). It shows the fit alone:
             `distill_steps` train the head that is written and none of these.
@@ -100,6 +109,7 @@ def convert_to_vq(
         ConversionError: a mistake in the options, the model or the text; nothing was written.
     """
     folder = None if output is None else Path(output)
+    state_file = None if distill_state is None else Path(distill_state)
     sizes: dict[str, Any] = {
         "param_reduction": param_reduction,
         "bits": bits,
@@ -112,7 +122,10 @@ def convert_to_vq(
     _check_options(embeddings, ladder, method, folder, push_to_hub)
     if calibration_tokens is not None:
         _check_range("calibration_tokens", calibration_tokens, 1)
-    _check_range("distill_steps", distill_steps, 0)
+    if distill_steps is not None:
+        _check_range("distill_steps", distill_steps, 0)
+    if state_file is not None:
+        check_state_file(state_file, distill_steps)
     _check_range("seed", seed, 0, LAST_SEED)
     if folder is not None:
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
@@ -135,13 +148,15 @@ def convert_to_vq(
         show_progress=progress,
     )
     quantiser = Quantiser(parts, corpus, seed, show_progress=progress)
+    if distill_steps is None:
+        distill_steps = _default_steps(method, corpus)
     with quantiser.timed("calibration"):
-        statistics = quantiser.calibrate()
+        statistics = quantiser.calibrate(keep_states=distill_steps > 0)
     with quantiser.timed("fit"):
         head, rungs = _fit(quantiser, method, size, steps, statistics)
     if distill_steps:
         with quantiser.timed("distillation"):
-            quantiser.distill(head, distill_steps)
+            quantiser.distill(head, distill_steps, statistics, state_file=state_file)
     report = assess(quantiser, source, size, head, method=method, rungs=rungs)
     if folder is not None:
         report.output = str(folder)
@@ -151,6 +166,15 @@ def convert_to_vq(
     if push_to_hub is not None:
         _push(folder, push_to_hub)
     return report
+
+
+def _default_steps(method: str, corpus: Corpus) -> int:
+    if method != "signs":
+        return 0  # codes of these methods are not learnt, and their gradients are slow
+    if not long_enough(corpus.calibration):
+        corpus.notes.append("too little calibration text for a distillation: fitted only")
+        return 0
+    return DISTILL_STEPS
 
 
 def _ladder_sizes(vocab_size: int, hidden_size: int, fine_share: float | None) -> list[HeadSize]:

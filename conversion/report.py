@@ -177,13 +177,14 @@ class ConversionReport:
 
     @property
     def distillation(self) -> str | None:
-        """How the codebook was trained, or None where it was not."""
+        """How codes and codebook were trained, or None where they were not."""
         done = self.fit.get("distillation")
         if done is None:
             return None
+        early = f"; ended early: {done['stopped']}" if done["stopped"] else ""
         return (
             f"{done['steps']:,} steps; divergence from the dense layer {done['kl_before']:.3g} -> "
-            f"{done['kl_after']:.3g} nats a token, on text kept out of it"
+            f"{done['kl_after']:.3g} nats a token, on text kept out of it{early}"
         )
 
     def facts(self) -> list[tuple[str, str]]:

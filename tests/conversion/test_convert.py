@@ -17,6 +17,7 @@ from hf_vqlogits.conversion import (
     convert,
     convert_to_vq,
     corpus,
+    distillation,
 )
 from hf_vqlogits.conversion.assessment import assess
 from hf_vqlogits.conversion.cli import main, parser
@@ -224,6 +225,44 @@ def test_distillation_lowers_the_divergence(tiny_folder, text_file):
     assert done["kl_after"] < done["kl_before"]
 
 
+@pytest.mark.parametrize(("method", "steps"), [("signs", 12), ("residual", 0)])
+def test_signs_are_distilled_by_default(method, steps, tiny_folder, text_file, monkeypatch):
+    monkeypatch.setattr(convert, "DISTILL_STEPS", 12)
+    report = convert_to_vq(
+        tiny_folder, method=method, param_reduction=0.8, calibration_data=str(text_file)
+    )
+    assert report.fit.get("distillation", {"steps": 0})["steps"] == steps
+
+
+def test_too_little_text_for_the_default_distillation(tiny_folder, monkeypatch):
+    monkeypatch.setattr(convert, "DISTILL_STEPS", 12)
+    report = convert_to_vq(tiny_folder, bits=8, calibration_data="self", calibration_tokens=500)
+    assert "distillation" not in report.fit
+    assert any("too little calibration text for a distillation" in note for note in report.notes)
+
+
+def test_an_interrupted_conversion_goes_on(tiny_folder, text_file, tmp_path, monkeypatch):
+    options = {"bits": 12, "calibration_data": str(text_file), "distill_steps": 20}
+    whole = convert_to_vq(tiny_folder, **options)
+    options["distill_state"] = tmp_path / "state"
+    save = distillation.save_state
+
+    def interrupt(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distillation, "save_state", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        convert_to_vq(tiny_folder, **options)
+    assert (tmp_path / "state").exists()
+    monkeypatch.setattr(distillation, "save_state", save)
+    again = convert_to_vq(tiny_folder, **options)
+    assert not (tmp_path / "state").exists()
+    for name, tensor in whole.model.lm_head.state_dict().items():
+        assert torch.equal(again.model.lm_head.state_dict()[name], tensor)
+    assert again.fit["distillation"] == whole.fit["distillation"]
+
+
 def test_the_ladder_shows_the_fit_alone(tiny_folder, text_file):
     options = {"param_reduction": 0.98, "calibration_data": str(text_file), "ladder": True}
     fitted = convert_to_vq(tiny_folder, **options)
@@ -374,6 +413,11 @@ def test_push_to_hub_uploads_the_output_folder(tiny_folder, text_file, tmp_path,
         ({"method": "kmeans", "ladder": True}, "`ladder` compares sign codes"),
         ({"push_to_hub": "a/b"}, "give `output` as well"),
         ({"calibration_tokens": 0}, "`calibration_tokens` must be at least 1, got 0"),
+        (
+            {"distill_steps": 0, "distill_state": "state"},
+            "keeps a distillation, but `distill_steps` is 0",
+        ),
+        ({"distill_state": "missing/state"}, "must name a file in a folder that can be written"),
         ({"distill_steps": -1}, "`distill_steps` must be at least 0, got -1"),
         ({"calibration_tokens": 20}, "20 is less than a row .* at least 65 tokens are needed"),
         ({"calibration_data": "/nowhere/text.txt"}, "/nowhere/text.txt"),
