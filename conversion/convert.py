@@ -35,7 +35,7 @@ from .source import Source, load_source
 LAST_SEED = 2**31 - 1  # the largest that every library here takes
 
 
-DISTILL_STEPS = 320  # some five minutes for SmolLM2-135M on two cores
+DISTILL_STEPS = 256  # some five minutes for SmolLM2-135M on two cores
 
 
 def convert_to_vq(
@@ -89,7 +89,7 @@ def convert_to_vq(
             that the model writes.
         eval_data: text to judge by; default a held-out fifth of the calibration text.
         distill_steps: steps, of about a thousand positions each, of training codes and codebook
-            towards the dense layer; default 320 for signs where the text is long enough, else 0.
+            towards the dense layer; default 256 for signs where the text is long enough, else 0.
         distill_state: file that keeps the state of the distillation, so that the same call goes on
             after an interrupt; removed at the end.
         embeddings: `"keep"`: the input embedding stays as it is.
