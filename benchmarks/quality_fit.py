@@ -1,4 +1,4 @@
-"""Perplexity of fitted heads, without any training, by the project's protocol.
+"""Perplexity of fitted heads, and after the distillation of the head, by the project's protocol.
 
     python -m benchmarks.quality_fit --data DATA --models MODELS --output benchmarks/results/...
 
@@ -6,12 +6,14 @@ The command behind `benchmarks/results/quality_fit.json` and the table in the RE
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from hf_vqlogits.conversion.convert import DISTILL_STEPS
 from hf_vqlogits.conversion.environment import machine, versions
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize, choose_size
@@ -27,13 +29,13 @@ ROWS = (
 )
 
 
-def measure(case: Case, *, seed: int) -> list[dict[str, Any]]:
-    """One row of figures for each of `ROWS`."""
+def measure(case: Case, *, seed: int, distill_steps: int) -> list[dict[str, Any]]:
+    """One row of figures for each of `ROWS`, and for each that is distilled."""
     quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
     with quantiser.timed("calibration"):
-        statistics = quantiser.calibrate()
+        statistics = quantiser.calibrate(keep_states=True)
     vocab_size, hidden_size = case.parts.weight.shape
-    heads, sizes, seconds = {}, {}, {}
+    heads, sizes, seconds, told = {}, {}, {}, {}
     for method, reduction in ROWS:
         size = choose_size(
             method, vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction
@@ -46,9 +48,17 @@ def measure(case: Case, *, seed: int) -> list[dict[str, Any]]:
         name = f"{method} {reduction:.1%}"
         heads[name], sizes[name] = head, size
         seconds[name] = time.perf_counter() - start
+        if method == "signs" and distill_steps:
+            name = f"{method} {reduction:.1%} distilled"
+            heads[name], sizes[name] = copy.deepcopy(head), size
+            start = time.perf_counter()
+            quantiser.distill(heads[name], distill_steps, statistics)
+            seconds[name] = time.perf_counter() - start
+            told[name] = quantiser.details.pop("distillation")
     scores = case.judge(heads)
     return [
         _row(case, name, head, sizes[name], seconds[name], quantiser, scores)
+        | {"distillation": told.get(name)}
         for name, head in heads.items()
     ]
 
@@ -82,7 +92,7 @@ def _row(
             }
             for text, by_head in scores.items()
         },
-        "fit_seconds": seconds,
+        "seconds": seconds,
         "calibration_seconds": quantiser.seconds["calibration"],
         "calibration_tokens": case.calibration.numel(),
     }
@@ -95,13 +105,14 @@ def main() -> None:
     p.add_argument("--models", type=Path, default=Path("../shared/models"))
     p.add_argument("--only", choices=MODELS, help="one of the models")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--distill-steps", type=int, default=DISTILL_STEPS)
     p.add_argument("--quick", action="store_true", help="a twentieth of the text")
     p.add_argument("--output", type=Path, required=True)
     options = p.parse_args()
     rows = []
     for name in [options.only] if options.only else MODELS:
         case = load_case(name, options.data, options.models, quick=options.quick)
-        rows += measure(case, seed=options.seed)
+        rows += measure(case, seed=options.seed, distill_steps=options.distill_steps)
     result = {
         "command": "python -m benchmarks.quality_fit " + " ".join(sys.argv[1:]),
         "quick": options.quick,
@@ -114,7 +125,7 @@ def main() -> None:
     options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
     for row in rows:
         texts = "  ".join(f"{t} x{v['factor']:.4f}" for t, v in row["texts"].items())
-        print(f"{row['model']:12} {row['head']:16} x{row['factor']:.4f}  {texts}")
+        print(f"{row['model']:12} {row['head']:24} x{row['factor']:.4f}  {texts}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def times(factor: float) -> str:
 
 
 def quality(model: str) -> str:
-    """Factors of the heads of one model, fitted only."""
+    """Factors of the heads of one model, fitted and distilled."""
     rows = [row for row in results("quality_fit")["rows"] if row["model"] == model]
     dense = rows[0]["dense_bytes_bfloat16"] / 1e6
     texts = list(rows[0]["texts"])
@@ -54,9 +54,9 @@ def quality(model: str) -> str:
     )
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
-        method, share = row["head"].split()
-        yield f"{HEADS[method]}, {share.replace('.0%', '%')}"
-        yield f"{row['bits_per_token']:,}"
+        method, share, *distilled = row["head"].split()
+        yield ", ".join([HEADS[method], share.replace(".0%", "%"), *distilled])
+        yield f"{row['bits_per_token']:,.0f}"
         yield f"{row['bits_per_weight']:.2f}"
         yield f"{row['total_bytes'] / 1e6:.1f} MB"
         yield f"**{times(row['factor'])}**"

@@ -96,6 +96,7 @@ def assess(
         hidden_size=hidden_size,
         num_codebooks=size.num_codebooks,
         codebook_size=size.codebook_size,
+        num_fine_tokens=size.num_fine_tokens,
         bits_per_token=storage["bits_per_token"],
         bits_per_weight=storage["bits_per_weight"],
         param_reduction=1 - storage["float_parameters"] / dense_parameters,

@@ -50,7 +50,7 @@ def model_card(report: ConversionReport) -> str:
     )
     training = "without training"
     if report.distillation is not None:
-        training = f"with its codebook trained by distillation ({report.distillation})"
+        training = f"with the output layer alone trained by distillation ({report.distillation})"
     replaced = "output layer replaced by a vector-quantised one"
     if report.embeddings != "keep":
         replaced = "output layer and input embedding replaced by vector-quantised ones"
@@ -107,7 +107,7 @@ def plot(report: ConversionReport, path: Path) -> None:
         axis.margins(y=0.15)
     if report.ladder:
         _plot_ladder(axes[-1], report)
-    figure.suptitle(f"{report.source}, {report.bits_per_token:,} bits a token", fontsize=11)
+    figure.suptitle(f"{report.source}, {report.bits_per_token:,.0f} bits a token", fontsize=11)
     figure.savefig(path, dpi=120)
 
 

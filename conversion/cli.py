@@ -9,10 +9,10 @@ from typing import NoReturn
 
 from hf_vqlogits.configuration_vqlogits import EMBEDDINGS
 
-from .convert import convert_to_vq
+from .convert import DISTILL_STEPS, convert_to_vq
 from .corpus import CALIBRATION_TOKENS, SELF_TOKENS
 from .errors import ConversionError
-from .sizes import DEFAULT_REDUCTION, METHODS
+from .sizes import DEFAULT_FINE_SHARE, DEFAULT_REDUCTION, METHODS
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -51,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--bits-per-weight", type=float, help="bits a token over d (signs)")
     size.add_argument("--num-codebooks", type=int, help="codebooks (residual)")
     size.add_argument("--codebook-size", type=int, help="codewords of a codebook (index codes)")
+    p.add_argument(
+        "--fine-share",
+        type=float,
+        help="share of the tokens that have a second code, those that count most (signs); default "
+        f"{DEFAULT_FINE_SHARE}",
+    )
     text = p.add_argument_group("text")
     text.add_argument(
         "--calibration-data",
@@ -67,8 +73,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--distill-steps",
         type=int,
-        default=0,
-        help="steps of training the codebook towards the dense layer; default 0",
+        help="steps, of about 1,000 tokens, of training towards the dense layer; default "
+        f"{DISTILL_STEPS} for signs, else 0",
+    )
+    p.add_argument(
+        "--distill-state",
+        metavar="FILE",
+        help="keep the state of the distillation, so that the same command goes on after an "
+        "interrupt; removed at the end",
     )
     p.add_argument(
         "--embeddings",

@@ -23,7 +23,9 @@ from .checkpoint import (
     whole_or_nothing,
     write_checkpoint,
 )
-from .corpus import prepare_corpus
+from .corpus import Corpus, prepare_corpus
+from .distillation import long_enough
+from .distillation_state import check_state_file
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
@@ -33,6 +35,9 @@ from .sizes import HeadSize, check_size_options, choose_size
 from .source import Source, load_source
 
 LAST_SEED = 2**31 - 1  # the largest that every library here takes
+
+
+DISTILL_STEPS = 256  # some five minutes for SmolLM2-135M on two cores
 
 
 def convert_to_vq(
@@ -47,10 +52,12 @@ def convert_to_vq(
     bits_per_weight: float | None = None,
     num_codebooks: int | None = None,
     codebook_size: int | None = None,
+    fine_share: float | None = None,
     calibration_data: str | os.PathLike[str] | None = None,
     calibration_tokens: int | None = None,
     eval_data: str | os.PathLike[str] | None = None,
-    distill_steps: int = 0,
+    distill_steps: int | None = None,
+    distill_state: str | os.PathLike[str] | None = None,
     embeddings: str = "keep",
     embedding_bits: int | None = None,
     ladder: bool = False,
@@ -78,12 +85,17 @@ def convert_to_vq(
         bits_per_weight: R / d instead (signs).
         num_codebooks: G (index codes).
         codebook_size: K (index codes).
+        fine_share: share of the tokens that have a second code, those that count most (signs);
+            default 0.1.
         calibration_data: text file, folder, `.gz`, dataset name, or `"self"` for text that the
             model writes. Default: WikiText-2, and `"self"` where that cannot be had.
         calibration_tokens: how many tokens of it to use at most; default 100,000, or 40,000 of text
             that the model writes.
         eval_data: text to judge by; default a held-out fifth of the calibration text.
-        distill_steps: steps of training the codebook towards the dense layer.
+        distill_steps: steps, of about a thousand positions each, of training codes and codebook
+            towards the dense layer; default 256 for signs where the text is long enough, else 0.
+        distill_state: file that keeps the state of the distillation, so that the same call goes on
+            after an interrupt; removed at the end.
         embeddings: `"keep"`: the input embedding stays as it is; `"vq"`: it gets sign codes and a
             codebook of its own; `"tied"`: it takes those of the output layer, in models whose two
             sides are one table.
@@ -105,18 +117,23 @@ def convert_to_vq(
         ConversionError: a mistake in the options, the model or the text; nothing was written.
     """
     folder = None if output is None else Path(output)
+    state_file = None if distill_state is None else Path(distill_state)
     sizes: dict[str, Any] = {
         "param_reduction": param_reduction,
         "bits": bits,
         "bits_per_weight": bits_per_weight,
         "num_codebooks": num_codebooks,
         "codebook_size": codebook_size,
+        "fine_share": fine_share,
     }
     check_size_options(method, **sizes)
     _check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
     if calibration_tokens is not None:
         _check_range("calibration_tokens", calibration_tokens, 1)
-    _check_range("distill_steps", distill_steps, 0)
+    if distill_steps is not None:
+        _check_range("distill_steps", distill_steps, 0)
+    if state_file is not None:
+        check_state_file(state_file, distill_steps)
     _check_range("seed", seed, 0, LAST_SEED)
     if folder is not None:
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
@@ -126,7 +143,7 @@ def convert_to_vq(
     parts = take_apart(source.model)
     vocab_size, hidden_size = parts.weight.shape
     size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
-    steps = _ladder_sizes(vocab_size, hidden_size) if ladder else []
+    steps = _ladder_sizes(vocab_size, hidden_size, fine_share) if ladder else []
     check_embeddings(embeddings, parts)
     embedding_bits = choose_embedding_bits(embeddings, parts, size, embedding_bits)
     if folder is not None:
@@ -142,13 +159,15 @@ def convert_to_vq(
         show_progress=progress,
     )
     quantiser = Quantiser(parts, corpus, seed, show_progress=progress)
+    if distill_steps is None:
+        distill_steps = _default_steps(method, corpus)
     with quantiser.timed("calibration"):
-        statistics = quantiser.calibrate()
+        statistics = quantiser.calibrate(keep_states=distill_steps > 0)
     with quantiser.timed("fit"):
         head, rungs = _fit(quantiser, method, size, steps, statistics)
     if distill_steps:
         with quantiser.timed("distillation"):
-            quantiser.distill(head, distill_steps)
+            quantiser.distill(head, distill_steps, statistics, state_file=state_file)
     embedding = None
     if embedding_bits is not None:
         with quantiser.timed("input embedding"):
@@ -166,10 +185,23 @@ def convert_to_vq(
     return report
 
 
-def _ladder_sizes(vocab_size: int, hidden_size: int) -> list[HeadSize]:
-    shape = {"vocab_size": vocab_size, "hidden_size": hidden_size}
+def _default_steps(method: str, corpus: Corpus) -> int:
+    if method != "signs":
+        return 0  # codes of these methods are not learnt, and their gradients are slow
+    if not long_enough(corpus.calibration):
+        corpus.notes.append("too little calibration text for a distillation: fitted only")
+        return 0
+    return DISTILL_STEPS
+
+
+def _ladder_sizes(vocab_size: int, hidden_size: int, fine_share: float | None) -> list[HeadSize]:
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "fine_share": fine_share,
+    }
     try:
-        return [choose_size("signs", param_reduction=reduction, **shape) for reduction in LADDER]
+        return [choose_size("signs", param_reduction=reduction, **common) for reduction in LADDER]
     except ConversionError as error:
         raise ConversionError(
             f"`ladder` compares {', '.join(map(str, LADDER))}, but: {error} Convert without it."

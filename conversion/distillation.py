@@ -1,126 +1,284 @@
-"""Distillation of the codebook: KL to the dense layer on streamed hidden states, body frozen."""
+"""Distillation: KL to the dense layer on hidden states of the calibration text, body frozen.
+
+Sign codes are learnt first (`code_learning.py`), then codebook and biases by Adam; index codes
+stay. The head that was best on positions kept out of the training is the result.
+"""
 
 import copy
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from hf_vqlogits import VQLogitsHead
 
-from .comparison import Logits
+from .code_learning import Logits, move_codes, slope_of_divergence
+from .distillation_state import fingerprint, load_state, save_state
 from .errors import ConversionError
-from .streaming import hidden_states
+from .metric import TokenMetric
+from .streaming import KeptStates
 
 POSITIONS = 1024  # of a step
 HELD_OUT = 8  # steps' worth of positions on which progress is judged
-CHECKS = 10  # how often it is judged on the way
+CODE_SHARE = 0.8  # of the steps, where codes are learnt
+CODE_STEPS = 64  # of an iteration that moves codes
+CODEBOOK_CHECKS = 5  # how often the training of the codebook is judged
+DAMPING = 4.0  # of the first iteration; doubled whenever the divergence rose
+MOST_DAMPING = 32.0
+DIVERGED = 0.1  # nats above the divergence of the start
+
+Notify = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a distillation did; KL in nats a position, on positions kept out of the training."""
+    """What a distillation did; KL in nats a position, on positions kept out of the training.
+
+    Attributes:
+        steps: that were made, of about a thousand positions each.
+        kl_before: at the start.
+        kl_after: of the head that was kept.
+        history: (steps made, KL) whenever it was judged.
+        stopped: why the training ended early, or None.
+    """
 
     steps: int
     kl_before: float
     kl_after: float
+    history: list[tuple[int, float]] = field(default_factory=list)
+    stopped: str | None = None
 
 
 def distill(
     head: VQLogitsHead,
-    backbone: PreTrainedModel,
+    states: KeptStates,
     *,
     teacher: Logits,
-    blocks: Tensor,
     steps: int,
+    metric: TokenMetric | None = None,
     seed: int = 0,
-    learning_rate: float = 0.01,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    learning_rate: float = 0.003,
+    state_file: Path | None = None,
+    notify: Notify = lambda done, kl: None,
 ) -> Distillation:
-    """Train codebook and biases towards the dense layer's distribution; the codes stay.
-
-    The head that was best on held-out positions is kept, so it never becomes worse there.
+    """Train codes, codebook and biases towards the dense layer's distribution.
 
     Args:
         head: trained in place.
-        backbone: frozen.
+        states: hidden states of the calibration text.
         teacher: the original logits (n, V) of hidden states (n, d).
-        blocks: token ids (rows, context + 1) of the calibration text.
-        steps: optimiser steps of about a thousand positions.
-        seed: of the order of the text.
+        steps: of about a thousand positions each.
+        metric: of the fit; without one, or with index codes, the codes stay.
+        seed: of the order of the text and of what is kept out.
         learning_rate: of Adam, in units of the codebook's root mean square; falls to zero along
             half a cosine.
-        progress: wraps the iteration over steps.
+        state_file: where the run is kept after every check, and found after an interrupt; removed
+            at the end.
+        notify: called with the steps made and the KL on the positions kept out.
 
     Returns:
-        The KL divergence before and after.
+        The KL divergence before and after, and how it went.
 
     Raises:
-        ConversionError: the text is too short to hold some of it out.
+        ConversionError: the text is too short to hold some of it out, or `state_file` is of
+            another run.
     """
-    context = blocks.shape[1] - 1
-    rows = max(1, POSITIONS // context)
-    held_rows = min(HELD_OUT * rows, len(blocks) // 5)
-    if held_rows < 1 or len(blocks) - held_rows < rows:
-        raise ConversionError(
-            f"Distillation needs at least {(rows + 1) * (context + 1):,} tokens of calibration "
-            f"text, there are {blocks.numel():,}; give more text or `distill_steps` 0."
-        )
-    held, train = blocks[-held_rows:], blocks[:-held_rows]
-    # The text is streamed in another order every time it has been seen once.
-    generator = torch.Generator().manual_seed(seed)
-    epochs = math.ceil(steps * rows / len(train))
-    order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)])
-    scale = float(head.codebook.detach().float().square().mean().sqrt())
-    optimiser = torch.optim.Adam(
-        [
-            {"params": [head.codebook], "lr": learning_rate * scale},
-            {"params": [head.codebook_bias], "lr": learning_rate * _spread(head.codebook_bias)},
-        ],
-        betas=(0.9, 0.99),
+    training = _Training(head, states, teacher, steps, seed, notify)
+    key = fingerprint(head, states.blocks, steps, seed, learning_rate)
+    kept = None if state_file is None else load_state(state_file, key)
+    if kept is None:
+        training.start()
+    else:
+        training.restore(kept)
+    training.keep = lambda: (
+        None if state_file is None else save_state(state_file, key, training.state())
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps))
-    before = best_kl = held_out_kl(head, backbone, teacher, held)
-    best = copy.deepcopy(head.state_dict())
-    for step in progress(range(steps)):
-        batch = train[order[step * rows : (step + 1) * rows]]
-        for hidden, _ in hidden_states(backbone, batch):
-            loss = _kl(teacher(hidden), head(hidden)) / len(hidden)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        schedule.step()
-        if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
-            kl = held_out_kl(head, backbone, teacher, held)
-            if kl < best_kl:
-                best_kl, best = kl, copy.deepcopy(head.state_dict())
-    head.load_state_dict(best)
-    return Distillation(steps, before, best_kl)
+    learnt = metric is not None and head.code_type == "sign"
+    code_steps = int(CODE_SHARE * steps) if learnt else 0
+    if metric is not None and code_steps:
+        training.learn_codes(metric, code_steps)
+    training.train_codebook(steps - code_steps, learning_rate)
+    head.load_state_dict(training.best)
+    if state_file is not None:
+        state_file.unlink(missing_ok=True)
+    history = training.history
+    return Distillation(history[-1][0], history[0][1], training.best_kl, history, training.stopped)
+
+
+class _Training:
+    """A run: what changes in it, and the two ways to make a step."""
+
+    def __init__(
+        self,
+        head: VQLogitsHead,
+        states: KeptStates,
+        teacher: Logits,
+        steps: int,
+        seed: int,
+        notify: Notify,
+    ):
+        self._head, self._states, self._teacher, self._notify = head, states, teacher, notify
+        self._rows = _rows_of_step(states.blocks)
+        self._held, self._order = _split(states.blocks, steps, seed)
+        self.keep: Callable[[], None] = lambda: None
+        self.history: list[tuple[int, float]] = []
+        self.best_kl, self.best = math.inf, copy.deepcopy(head.state_dict())
+        self.stopped: str | None = None
+        self._damping, self._code_steps_made = DAMPING, 0
+        self._adam: dict[str, Any] | None = None
+
+    def start(self) -> None:
+        """Judge the head as it is."""
+        self._judge(0)
+
+    def state(self) -> dict[str, Any]:
+        """All that [`restore`] needs."""
+        return {
+            "head": self._head.state_dict(),
+            "history": self.history,
+            "best_kl": self.best_kl,
+            "best": self.best,
+            "stopped": self.stopped,
+            "damping": self._damping,
+            "code_steps_made": self._code_steps_made,
+            "adam": self._adam,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where [`state`] was taken."""
+        self._head.load_state_dict(state["head"])
+        self.history, self.best_kl = state["history"], state["best_kl"]
+        self.best, self.stopped = state["best"], state["stopped"]
+        self._damping, self._code_steps_made = state["damping"], state["code_steps_made"]
+        self._adam = state["adam"]
+        self._notify(*self.history[-1])
+
+    def learn_codes(self, metric: TokenMetric, steps: int) -> None:
+        """Majorise-minimise; codes that made it worse are taken back, and the next move less."""
+        head = self._head
+        while self._code_steps_made < steps and self._damping <= MOST_DAMPING:
+            first, last = self._code_steps_made, min(self._code_steps_made + CODE_STEPS, steps)
+            hidden = self._states(self._order[first * self._rows : last * self._rows])
+            move_codes(
+                head,
+                metric,
+                slope_of_divergence(head, metric, self._teacher, hidden),
+                self._damping,
+            )
+            if not self._judge(last):
+                head.load_state_dict(self.best)
+                self._damping *= 2
+            self._code_steps_made = last
+            self.keep()
+
+    def train_codebook(self, steps: int, learning_rate: float) -> None:
+        """Adam on codewords and biases."""
+        head, first = self._head, len(self._order) // self._rows - steps
+        groups = [
+            {"params": [tensor], "lr": learning_rate * _spread(tensor)}
+            for tensor in (head.codebook, head.codebook_bias)
+        ]
+        optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps))
+        made = 0
+        if self._adam is not None:
+            made = self._adam["made"]
+            optimiser.load_state_dict(self._adam["optimiser"])
+            schedule.load_state_dict(self._adam["schedule"])
+        for step in range(made, steps if self.stopped is None else made):
+            place = (first + step) * self._rows
+            for hidden in self._states(self._order[place : place + self._rows]):
+                loss = divergence(self._teacher(hidden), head(hidden)) / len(hidden)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+            schedule.step()
+            if (step + 1) % max(1, steps // CODEBOOK_CHECKS) == 0 or step + 1 == steps:
+                better = self._judge(first + step + 1)
+                start = self.history[0][1]
+                if not better and not self.history[-1][1] <= start + DIVERGED:
+                    self.stopped = (
+                        f"the divergence rose from {start:.3g} to {self.history[-1][1]:.3g} nats "
+                        f"in {first + step + 1} steps"
+                    )
+                    break
+                self._adam = {
+                    "made": step + 1,
+                    "optimiser": optimiser.state_dict(),
+                    "schedule": schedule.state_dict(),
+                }
+                self.keep()
+
+    def _judge(self, made: int) -> bool:
+        """Measure the head on the positions kept out; whether it is the best so far."""
+        kl = held_out_kl(self._head, self._states(self._held), self._teacher)
+        self.history.append((made, kl))
+        self._notify(made, kl)
+        if not kl < self.best_kl:
+            return False
+        self.best_kl, self.best = kl, copy.deepcopy(self._head.state_dict())
+        return True
 
 
 @torch.no_grad()
-def held_out_kl(
-    head: VQLogitsHead, backbone: PreTrainedModel, teacher: Logits, blocks: Tensor
-) -> float:
-    """Mean KL(dense || quantised) in nats over the positions of `blocks` (rows, context + 1)."""
+def held_out_kl(head: VQLogitsHead, hidden: Any, teacher: Logits) -> float:
+    """Mean KL(dense || quantised) in nats over hidden states (n, d), of any number a time."""
     total, positions = 0.0, 0
-    for hidden, _ in hidden_states(backbone, blocks):
-        for h in hidden.split(POSITIONS):
-            total += float(_kl(teacher(h), head(h)))
+    for part in hidden:
+        for h in part.split(POSITIONS):
+            total += float(divergence(teacher(h), head(h)))
             positions += len(h)
     return total / positions
 
 
-def _kl(teacher_logits: Tensor, logits: Tensor) -> Tensor:
+def divergence(teacher_logits: Tensor, logits: Tensor) -> Tensor:
+    """Sum over positions of KL(dense || quantised) in nats, of logits (n, V)."""
     return torch.nn.functional.kl_div(
         torch.log_softmax(logits.float(), -1),
         torch.log_softmax(teacher_logits.float(), -1),
         reduction="sum",
         log_target=True,
     )
+
+
+def long_enough(blocks: Tensor) -> bool:
+    """Whether rows of token ids (rows, context + 1) can be split into text to train on and not."""
+    return len(blocks) >= _least_rows(blocks)
+
+
+def _least_rows(blocks: Tensor) -> int:
+    """So many that a fifth, rounded down, is a row or more, and the others are a step's or more."""
+    rows = _rows_of_step(blocks)
+    return max(5, rows + (rows - 1) // 4)
+
+
+def _rows_of_step(blocks: Tensor) -> int:
+    return max(1, POSITIONS // (blocks.shape[1] - 1))
+
+
+def _kept_out(blocks: Tensor) -> int:
+    return min(HELD_OUT * _rows_of_step(blocks), len(blocks) // 5)
+
+
+def _split(blocks: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows kept out, and those of all steps: in another order every time all have been seen."""
+    rows, held = _rows_of_step(blocks), _kept_out(blocks)
+    if not long_enough(blocks):
+        raise ConversionError(
+            f"Distillation needs at least {_least_rows(blocks) * blocks.shape[1]:,} tokens of "
+            f"calibration text, there are {blocks.numel():,}; give more text or "
+            "`distill_steps` 0."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(blocks), generator=generator)
+    train = shuffled[held:]
+    epochs = math.ceil(steps * rows / len(train))
+    order = [train[torch.randperm(len(train), generator=generator)] for _ in range(epochs)]
+    return shuffled[:held], torch.cat(order)[: steps * rows]
 
 
 def _spread(values: Tensor) -> float:

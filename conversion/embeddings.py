@@ -2,6 +2,8 @@
 
 Letters: V vocabulary, d width of the embedding, R bits a token, N positions.
 
+An embedding of its own codes has no second ones: what they gain here has not been measured.
+
 An error e of an input vector changes the model's predictions by about 1/2 e^T F e in KL divergence,
 F being the Fisher information of the embedding's output: the covariance of the gradient of
 log p(y | text), y drawn from the predictions. So codes are fitted in coordinates that are stretched
@@ -259,16 +261,22 @@ def tie_embedding(dense: nn.Module, weights: Tensor, head: VQLogitsHead) -> VQEm
         weights: (V,), how much each token counts.
         head: of sign codes.
     """
-    return _embedding(dense, weights, head.codebook, head.codes)
+    return _embedding(dense, weights, head.codebook, head.codes, head.fine_ids, head.fine_codes)
 
 
 def _embedding(
-    dense: nn.Module, weights: Tensor, codebook: nn.Parameter, codes: Tensor
+    dense: nn.Module,
+    weights: Tensor,
+    codebook: nn.Parameter,
+    codes: Tensor,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
 ) -> VQEmbedding:
     """An embedding of these very tensors; its offset is the mean of what they lack."""
     with torch.device("meta"):  # no random tensors that are replaced at once
         embedding = VQEmbedding.in_place_of(dense, len(codebook)).train(dense.training)
     embedding.codebook, embedding.codes = codebook, codes
+    embedding.fine_ids, embedding.fine_codes = fine_ids, fine_codes
     table = _table(dense).float()
     embedding.offset = nn.Parameter(torch.zeros_like(table[0]))
     embedding.offset.copy_(weights.to(table.device) @ (table - embedding.weight))

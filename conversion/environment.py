@@ -10,10 +10,10 @@ import torch
 PACKAGES = ("hf-vqlogits", "torch", "transformers", "faiss-cpu", "numpy")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages that figures depend on; `more` where installed."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

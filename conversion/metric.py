@@ -47,6 +47,11 @@ class TokenMetric:
     unwhiten: Tensor
     mean: Tensor
 
+    def tokens(self, which: slice | Tensor) -> "TokenMetric":
+        """The metric of some tokens; their weights do not sum to 1."""
+        rows, weight, context = self.rows[which], self.weight[which], self.context[which]
+        return TokenMetric(rows, weight, context, self.unwhiten, self.mean)
+
     def error(self, difference: Tensor, tokens: slice = slice(None)) -> Tensor:
         """Weighted error of each token, (n,), for differences (n, D) in whitened coordinates."""
         along = (difference * self.context[tokens]).sum(1)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +15,17 @@ from hf_vqlogits import VQLogitsConfig, VQLogitsHead
 from hf_vqlogits.embedding import VQEmbedding
 
 from .calibration import CalibrationStatistics, StatisticsAccumulator
+from .code_learning import Logits
 from .codebooks import fit_index
 from .corpus import Corpus
 from .distillation import distill
 from .embeddings import fit_embedding, input_information, tie_embedding, token_weights
 from .families import SourceParts, head_config
+from .metric import token_metric
+from .precision import product_dtype
 from .signs import SignFitter
 from .sizes import HeadSize
-from .streaming import hidden_states
+from .streaming import KeptStates, hidden_states
 
 LADDER = (0.995, 0.99, 0.98, 0.96)
 
@@ -37,6 +41,7 @@ class Quantiser:
         show_progress: show bars.
         seconds: time of each step so far.
         details: what the steps told of themselves.
+        states: hidden states that the calibration kept.
     """
 
     parts: SourceParts
@@ -45,6 +50,7 @@ class Quantiser:
     show_progress: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    states: KeptStates | None = None
 
     def progress(self, what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
         """A wrapper that shows a bar of this name."""
@@ -57,8 +63,12 @@ class Quantiser:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def calibrate(self) -> CalibrationStatistics:
-        """Statistics of the hidden states of the calibration text."""
+    def calibrate(self, *, keep_states: bool = False) -> CalibrationStatistics:
+        """Statistics of the hidden states of the calibration text.
+
+        Args:
+            keep_states: keep them for a distillation, where they fit (see `KeptStates`).
+        """
         parts = self.parts
         accumulator = StatisticsAccumulator(
             parts.weight,
@@ -66,11 +76,15 @@ class Quantiser:
             logit_scale=parts.transform.scale,
             final_logit_softcapping=parts.transform.softcap,
         )
-        blocks = self.corpus.calibration
-        for hidden, _ in hidden_states(
-            parts.backbone, blocks, progress=self.progress("calibrating")
-        ):
-            accumulator.update(hidden)
+        blocks, progress = self.corpus.calibration, self.progress("calibrating")
+        if keep_states:
+            self.states = KeptStates(parts.backbone, blocks)
+            every = torch.arange(len(blocks))
+            for hidden in self.states(every, progress=progress):
+                accumulator.update(hidden)
+        else:
+            for hidden, _ in hidden_states(parts.backbone, blocks, progress=progress):
+                accumulator.update(hidden)
         return accumulator.finish()
 
     def sign_heads(
@@ -87,7 +101,7 @@ class Quantiser:
         fitter.greedy(max(size.num_codebooks for size in sizes))
         heads = {}
         for size in sizes:
-            fit = fitter.fit(size.num_codebooks)
+            fit = fitter.fit(size.num_codebooks, size.num_fine_tokens)
             self.details[f"signs {size.num_codebooks}"] = fit.details
             heads[size] = self._head(size, statistics, fit)
         return heads
@@ -109,18 +123,45 @@ class Quantiser:
         self.details[method] = fit.details
         return self._head(size, statistics, fit)
 
-    def distill(self, head: VQLogitsHead, steps: int) -> None:
-        """Train the head's codebook towards the dense layer."""
+    def distill(
+        self,
+        head: VQLogitsHead,
+        steps: int,
+        statistics: CalibrationStatistics,
+        *,
+        state_file: Path | None = None,
+    ) -> None:
+        """Train the head's codes and codebook towards the dense layer.
+
+        Args:
+            head: in place.
+            steps: of about a thousand positions each.
+            statistics: of the calibration text.
+            state_file: where an interrupted run is kept.
+        """
         parts = self.parts
-        done = distill(
-            head,
-            parts.backbone,
-            teacher=lambda h: parts.logits(h.to(parts.weight.dtype)),
-            blocks=self.corpus.calibration,
-            steps=steps,
-            seed=self.seed,
-            progress=self.progress("distilling"),
-        )
+        states = self.states or KeptStates(parts.backbone, self.corpus.calibration)
+        metric = None
+        if head.code_type == "sign":
+            metric = token_metric(parts.weight, statistics, bias=parts.bias)
+        with tqdm(
+            total=steps, desc="distilling", disable=not self.show_progress, leave=False
+        ) as bar:
+
+            def notify(made: int, kl: float) -> None:
+                bar.set_postfix_str(f"KL on text kept out {kl:.4f}")
+                bar.update(made - bar.n)
+
+            done = distill(
+                head,
+                states,
+                teacher=_teacher(parts),
+                steps=steps,
+                metric=metric,
+                seed=self.seed,
+                state_file=state_file,
+                notify=notify,
+            )
         self.details["distillation"] = vars(done)
 
     def embedding(self, mode: str, head: VQLogitsHead, bits: int) -> VQEmbedding:
@@ -158,6 +199,7 @@ class Quantiser:
             code_type=size.code_type,
             num_codebooks=size.num_codebooks,
             codebook_size=size.codebook_size,
+            num_fine_tokens=size.num_fine_tokens,
             **fields,
         )
 
@@ -172,7 +214,22 @@ class Quantiser:
         head.codebook = nn.Parameter(put(fit.codebook.float() / head.score_scale))
         head.codebook_bias = nn.Parameter(put(fit.codebook_bias.float() / head.score_scale))
         head.codes = put(fit.codes)
+        if size.num_fine_tokens:
+            head.fine_ids, head.fine_codes = put(fit.fine_ids), put(fit.fine_codes)
         head.hidden_mean = put(statistics.mean.float())
         head.fold_direction = put(statistics.fold_direction().float())
         head.check_codes()
         return head
+
+
+def _teacher(parts: SourceParts) -> Logits:
+    """The dense layer, its product in the type that the device multiplies fastest."""
+    dtype = product_dtype(parts.weight.device)
+    weight = parts.weight.detach().to(dtype)
+    bias = None if parts.bias is None else parts.bias.detach().float()
+
+    def logits(hidden: Tensor) -> Tensor:
+        z = (hidden.to(dtype) @ weight.T).float()
+        return parts.transform(z if bias is None else z + bias)
+
+    return logits

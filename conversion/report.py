@@ -18,7 +18,7 @@ class LadderRung:
     """One size of the ladder. Perplexities are on the evaluation text."""
 
     param_reduction: float
-    bits_per_token: int
+    bits_per_token: float
     bits_per_weight: float
     bytes: int
     perplexity: float
@@ -42,7 +42,8 @@ class ConversionReport:
         hidden_size: d.
         num_codebooks: R for sign codes, G for index codes.
         codebook_size: K.
-        bits_per_token: length of a token's code.
+        num_fine_tokens: tokens with a second sign code.
+        bits_per_token: mean length of a token's code.
         bits_per_weight: that over d.
         param_reduction: 1 - floats of codebook and biases / (V d), as the paper counts.
         head_before: `parameters` and `bytes` of the dense output layer.
@@ -82,7 +83,8 @@ class ConversionReport:
     hidden_size: int
     num_codebooks: int
     codebook_size: int
-    bits_per_token: int
+    num_fine_tokens: int
+    bits_per_token: float
     bits_per_weight: float
     param_reduction: float
     head_before: dict[str, int]
@@ -218,19 +220,22 @@ class ConversionReport:
 
     @property
     def distillation(self) -> str | None:
-        """How the codebook was trained, or None where it was not."""
+        """How codes and codebook were trained, or None where they were not."""
         done = self.fit.get("distillation")
         if done is None:
             return None
+        early = f"; ended early: {done['stopped']}" if done["stopped"] else ""
         return (
             f"{done['steps']:,} steps; divergence from the dense layer {done['kl_before']:.3g} -> "
-            f"{done['kl_after']:.3g} nats a token, on text kept out of it"
+            f"{done['kl_after']:.3g} nats a token, on text kept out of it{early}"
         )
 
     def facts(self) -> list[tuple[str, str]]:
         """Lines about the head and how it was made."""
         if self.code_type == "sign":
             codes = f"sign, R = {self.num_codebooks:,}"
+            if self.num_fine_tokens:
+                codes += f", twice for {self.num_fine_tokens:,} tokens"
         else:
             codes = f"index, G = {self.num_codebooks:,}, K = {self.codebook_size:,}"
         vocabulary = f"V = {self.vocab_size:,}, d = {self.hidden_size:,}"
@@ -239,7 +244,10 @@ class ConversionReport:
         facts = [
             ("method, codes", f"{self.method}; {codes}"),
             ("vocabulary, hidden size", vocabulary),
-            ("code", f"{self.bits_per_token:,} bits a token, {self.bits_per_weight:.2f} a weight"),
+            (
+                "code",
+                f"{self.bits_per_token:,.0f} bits a token, {self.bits_per_weight:.2f} a weight",
+            ),
             ("input embedding", self.input_side),
         ]
         for name, text in (("calibration", self.calibration), ("evaluation", self.evaluation)):
@@ -293,7 +301,7 @@ def ladder_cells(rung: LadderRung) -> tuple[str, ...]:
     """A rung as text, in the order of `LADDER_COLUMNS`."""
     return (
         f"{rung.param_reduction:.1%}",
-        f"{rung.bits_per_token:,}",
+        f"{rung.bits_per_token:,.0f}",
         f"{rung.bits_per_weight:.2f}",
         megabytes(rung.bytes),
         f"{rung.perplexity:.2f}",

@@ -30,7 +30,7 @@ def solve_codebook(
 
     Args:
         metric: rows and their metric.
-        signs: (V, R) int8.
+        signs: (V, R), +1 and -1 or other levels, of any type.
         codebook: (R, D) to start from.
         iterations: at most.
 

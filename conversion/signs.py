@@ -11,6 +11,11 @@ on calibration text (`metric.py`), in three stages:
 Stages 2 and 3 alternate a fixed number of times, which makes them end at a joint optimum that no
 prefix shares: every size is refined on its own.
 
+The tokens that count most may have a second, fine code of half the weight. By the theory of rate
+and distortion a token that counts four times as much deserves d bits more, and bits cost no
+codeword. The second codes come in halfway: they start from the slope, and the search then sees the
+2 R signs of such a token as one problem, with the codebook [C, C / 2].
+
 Cost: with d about R, an alternation takes about V R (4 `CODEBOOK_ITERATIONS` d + R + 6 d)
 operations in matrix products and V `flips` (R to 2 R) in the search; the greedy stage 20 V d R.
 Memory besides `weight`: 2 V d floats for rows and contexts, V R bytes for the codes, and tiles
@@ -26,6 +31,7 @@ import torch
 from torch import Tensor
 
 from hf_vqlogits.ops import pack_signs
+from hf_vqlogits.ops.eager import FINE_FACTOR
 
 from .calibration import CalibrationStatistics
 from .metric import TokenMetric, token_metric
@@ -34,9 +40,11 @@ from .sign_greedy import extend_greedily
 from .sign_search import SearchEffort, search_signs
 
 ALTERNATIONS = 10
+FINE_FROM = 5  # alternation in which the second codes come in
 CODEBOOK_ITERATIONS = 4
 FINAL_ITERATIONS = 8
 EFFORT = SearchEffort(flips=1000, tenure=10, patience=300)
+FINE_EFFORT = SearchEffort(flips=2000, tenure=10, patience=300)
 
 Progress = Callable[[str], Callable[[Iterable[Any]], Iterable[Any]]]
 
@@ -50,12 +58,14 @@ class SignFit:
     """Sign codes and codebook of an output layer.
 
     `logits = (h @ codebook.T + codebook_bias) @ signs.T` for raw hidden states h, signs being the
-    unpacked codes.
+    unpacked codes, plus half of the unpacked fine codes for the tokens that have them.
 
     Attributes:
         codes: (V, ceil(R / 8)) uint8, bit r of a token at bit r % 8 of byte r // 8, 1 for +1.
         codebook: (R, d) float32.
         codebook_bias: (R,) float32.
+        fine_ids: (F,) int32 tokens with a second code, ascending, or None.
+        fine_codes: (F, ceil(R / 8)) uint8, or None.
         details: `error_greedy` and `error` (weighted squared error as a share of that of no codes
             at all), `seconds` of each stage.
     """
@@ -63,6 +73,8 @@ class SignFit:
     codes: Tensor
     codebook: Tensor
     codebook_bias: Tensor
+    fine_ids: Tensor | None = None
+    fine_codes: Tensor | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -104,7 +116,9 @@ class SignFitter:
         return fitter
 
     def _begin(self, metric: TokenMetric, seed: int, progress: Progress | None) -> None:
-        self._metric = metric
+        # Tokens in the order of their importance: those with a second code are a slice.
+        self._order = metric.weight.argsort(descending=True, stable=True)
+        self._metric = metric.tokens(self._order)
         self._seed = seed
         self._progress = progress or _silent
         tokens, size = metric.rows.shape
@@ -139,28 +153,35 @@ class SignFitter:
         self._greedy_seconds += time.perf_counter() - start
 
     @torch.no_grad()
-    def fit(self, num_codebooks: int) -> SignFit:
+    def fit(self, num_codebooks: int, num_fine_tokens: int = 0) -> SignFit:
         """Sign codes of one size, refined from the greedy prefix.
 
         Args:
             num_codebooks: R, bits a token.
+            num_fine_tokens: F, how many tokens have a second code: those that count most.
 
         Returns:
             The fit.
 
         Raises:
-            ValueError: `num_codebooks` below 1.
+            ValueError: `num_codebooks` below 1, or `num_fine_tokens` not within 0..V.
         """
-        self.greedy(num_codebooks)
         metric = self._metric
+        if not 0 <= num_fine_tokens <= len(metric.rows):
+            raise ValueError(
+                f"`num_fine_tokens` must lie between 0 and {len(metric.rows)}, got "
+                f"{num_fine_tokens}."
+            )
+        self.greedy(num_codebooks)
         signs = self._signs[:, :num_codebooks].clone(memory_format=torch.contiguous_format)
         codebook = self._codebook[:num_codebooks]
+        fine = signs[:0]
         seconds = {"greedy": self._greedy_seconds, "codebook": 0.0, "search": 0.0}
         error_greedy = _error(metric, signs, codebook)
 
         def solved(iterations: int) -> Tensor:
             start = time.perf_counter()
-            result = solve_codebook(metric, signs, codebook, iterations=iterations)
+            result = solve_codebook(metric, _levels(signs, fine), codebook, iterations=iterations)
             seconds["codebook"] += time.perf_counter() - start
             return result
 
@@ -169,17 +190,65 @@ class SignFitter:
             codebook = solved(CODEBOOK_ITERATIONS)
             start = time.perf_counter()
             seed = self._seed * ALTERNATIONS + alternation
-            search_signs(metric, signs, codebook, effort=EFFORT, seed=seed)
+            if alternation == FINE_FROM:
+                first = metric.tokens(slice(num_fine_tokens))
+                fine = _first_fine_signs(first, signs[:num_fine_tokens], codebook)
+            _search(metric, signs, fine, codebook, seed)
             seconds["search"] += time.perf_counter() - start
         codebook = solved(FINAL_ITERATIONS)
         vectors, biases = metric.product_form(codebook)
         scale = self._scale or 1.0
         details = {
             "error_greedy": error_greedy / scale,
-            "error": _error(metric, signs, codebook) / scale,
+            "error": _error(metric, _levels(signs, fine), codebook) / scale,
             "seconds": seconds,
         }
-        return SignFit(pack_signs(signs), vectors, biases, details)
+        return self._in_order(signs, fine, vectors, biases, details)
+
+    def _in_order(
+        self, signs: Tensor, fine: Tensor, vectors: Tensor, biases: Tensor, details: dict[str, Any]
+    ) -> SignFit:
+        """The fit with tokens in the order of the vocabulary."""
+        packed = pack_signs(signs)
+        codes = torch.empty_like(packed)
+        codes[self._order] = packed
+        if not len(fine):
+            return SignFit(codes, vectors, biases, details=details)
+        fine_ids, place = self._order[: len(fine)].sort()
+        fine_codes = pack_signs(fine)[place]
+        return SignFit(codes, vectors, biases, fine_ids.int(), fine_codes, details)
+
+
+def _search(metric: TokenMetric, signs: Tensor, fine: Tensor, codebook: Tensor, seed: int) -> None:
+    """Search both codes of the first tokens and the one of the others, in place."""
+    split, bits = len(fine), len(codebook)
+    rest = metric.tokens(slice(split, None))
+    search_signs(rest, signs[split:], codebook, effort=EFFORT, seed=seed)
+    if split:
+        both = torch.cat([signs[:split], fine], 1)
+        words = torch.cat([codebook, FINE_FACTOR * codebook])
+        first = metric.tokens(slice(split))
+        search_signs(first, both, words, effort=FINE_EFFORT, seed=seed)
+        signs[:split], fine[:] = both[:, :bits], both[:, bits:]
+
+
+def _first_fine_signs(metric: TokenMetric, signs: Tensor, codebook: Tensor) -> Tensor:
+    """Signs (F, R) of the slope of the error: codewords that point to what the first codes miss."""
+    parts = [signs[:0]]
+    for tile in tiles(len(signs)):
+        difference = torch.addmm(metric.rows[tile], signs[tile].float(), codebook, alpha=-1)
+        slope = metric.pull(difference, tile) @ codebook.T
+        parts.append(torch.where(slope < 0, -1, 1).to(torch.int8))
+    return torch.cat(parts)
+
+
+def _levels(signs: Tensor, fine: Tensor) -> Tensor:
+    """What multiplies the codewords, (V, R): signs, plus half of those of the first tokens."""
+    if not len(fine):
+        return signs
+    levels = signs.to(torch.bfloat16)  # exact: +-0.5, +-1, +-1.5
+    levels[: len(fine)].add_(fine, alpha=FINE_FACTOR)
+    return levels
 
 
 def fit_signs(
@@ -187,6 +256,7 @@ def fit_signs(
     statistics: CalibrationStatistics,
     *,
     num_codebooks: int,
+    num_fine_tokens: int = 0,
     bias: Tensor | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -194,7 +264,7 @@ def fit_signs(
 ) -> SignFit:
     """Sign codes of one size; see `SignFitter` for arguments and errors."""
     fitter = SignFitter(weight, statistics, bias=bias, seed=seed, device=device, progress=progress)
-    return fitter.fit(num_codebooks)
+    return fitter.fit(num_codebooks, num_fine_tokens)
 
 
 def _error(metric: TokenMetric, signs: Tensor, codebook: Tensor) -> float:

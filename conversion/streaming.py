@@ -1,4 +1,4 @@
-"""Hidden states of a frozen backbone, in batches that are never kept."""
+"""Hidden states of a frozen backbone, in batches; kept only where they are wanted again."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 BATCH_TOKENS = 4096
+KEPT_BYTES = 2 << 30  # of hidden states, at most: 900,000 positions of d 576 in float32
 
 
 @torch.no_grad()
@@ -35,3 +36,46 @@ def hidden_states(
         batch = blocks[start : start + rows].to(device)
         hidden = backbone(batch[:, :-1], use_cache=False).last_hidden_state
         yield hidden[:, skip:].float().flatten(0, 1), batch[:, 1 + skip :].flatten()
+
+
+class KeptStates:
+    """Hidden states of blocks, computed once where all of them fit into `KEPT_BYTES`.
+
+    Args:
+        backbone: returns `last_hidden_state` (rows, context, d).
+        blocks: token ids (rows, context + 1); each row is a context of its own.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, blocks: Tensor):
+        self.blocks = blocks
+        self._backbone = backbone
+        self._kept: Tensor | None = None
+        self._known = torch.zeros(len(blocks), dtype=torch.bool)
+        self._context = blocks.shape[1] - 1
+
+    def __call__(
+        self, rows: Tensor, *, progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter
+    ) -> Iterator[Tensor]:
+        """Hidden states (n, d) float32 of some rows, a few thousand positions at a time.
+
+        Args:
+            rows: which, (m,).
+            progress: wraps the iteration over batches.
+        """
+        for part in progress(rows.split(max(1, BATCH_TOKENS // max(1, self._context)))):
+            known = bool(self._known[part].all())
+            if self._kept is not None and known:
+                hidden = self._kept[part].to(self._backbone.device).flatten(0, 1)
+            else:
+                ((hidden, _),) = hidden_states(self._backbone, self.blocks[part])
+                self._keep(part, hidden)
+            yield hidden
+
+    def _keep(self, rows: Tensor, hidden: Tensor) -> None:
+        size = hidden.shape[-1]
+        if self._kept is None:
+            if 4 * len(self.blocks) * self._context * size > KEPT_BYTES:
+                return
+            self._kept = torch.empty(len(self.blocks), self._context, size)
+        self._kept[rows] = hidden.view(len(rows), self._context, size).cpu()
+        self._known[rows] = True

@@ -25,6 +25,7 @@ PROMPT = "The assert statement is a convenient way to"
 NEW_TOKENS = 40
 CALIBRATION_TOKENS = 40_000  # the backbone reads some 700 a second on two cores
 EVALUATION_CHARACTERS = 32_000  # some 8,000 tokens
+DISTILL_STEPS = 80  # a third of the default: the text is short, and so should the demo be
 FINETUNING = "--train head --steps 30 --batch-size 4 --context 256 --learning-rate 1e-3".split()
 
 
@@ -65,6 +66,7 @@ def run(output: Path, console: Console) -> None:
         calibration_data=str(text),
         calibration_tokens=CALIBRATION_TOKENS,
         eval_data=str(held_out),
+        distill_steps=DISTILL_STEPS,
         overwrite=True,
         progress=True,
     )

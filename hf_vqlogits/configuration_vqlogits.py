@@ -29,6 +29,8 @@ class VQLogitsConfig(PreTrainedConfig):
             R for sign codes, G for index codes; at least 1.
         codebook_size (`int`, *optional*, defaults to 2):
             K: 2 for sign codes (+c and -c, of which only c is stored), 1 to V for index codes.
+        num_fine_tokens (`int`, *optional*, defaults to 0):
+            F, how many tokens have a second sign code, which counts half; 0 to V.
         logit_scale (`float`, *optional*, defaults to 1.0):
             Factor that the family applies to its logits (Cohere's `logit_scale`, the inverse of
             Granite's `logits_scaling`).
@@ -40,6 +42,8 @@ class VQLogitsConfig(PreTrainedConfig):
             codes; both are stored once.
         embedding_codebooks (`int`, *optional*):
             R of the input embedding, with `"vq"` only; defaults to that of a sign-coded head.
+        embedding_fine_tokens (`int`, *optional*, defaults to 0):
+            How many tokens have a second code there, with `"vq"` only.
         tie_word_embeddings (`bool`, *optional*):
             Follows `embeddings`: True exactly with `"tied"`, as Transformers ties tensors only of
             models that say so. That of `text_config` says what the dense model did.
@@ -65,10 +69,12 @@ class VQLogitsConfig(PreTrainedConfig):
     code_type: str = "sign"
     num_codebooks: int = 512
     codebook_size: int = 2
+    num_fine_tokens: int = 0
     logit_scale: float | int = 1.0
     final_logit_softcapping: float | int | None = None
     embeddings: str = "keep"
     embedding_codebooks: int | None = None
+    embedding_fine_tokens: int = 0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -142,6 +148,16 @@ class VQLogitsConfig(PreTrainedConfig):
                 f"`codebook_size` must lie between 1 and the vocabulary size {self.vocab_size}, "
                 f"got {self.codebook_size}: more codewords than tokens cannot all be used."
             )
+        if self.code_type == "index" and self.num_fine_tokens:
+            raise ValueError(
+                f"`num_fine_tokens` must be 0 for index codes, got {self.num_fine_tokens}: second "
+                "codes go with sign codes."
+            )
+        if not 0 <= self.num_fine_tokens <= self.vocab_size:
+            raise ValueError(
+                f"`num_fine_tokens` must lie between 0 and the vocabulary size {self.vocab_size}, "
+                f"got {self.num_fine_tokens}."
+            )
         if not 0 < self.logit_scale < math.inf:
             raise ValueError(f"`logit_scale` must be positive and finite, got {self.logit_scale}.")
         cap = self.final_logit_softcapping
@@ -164,6 +180,12 @@ class VQLogitsConfig(PreTrainedConfig):
             raise ValueError(
                 "`embeddings` 'tied' needs a head of sign codes, got `code_type` "
                 f"{self.code_type!r}; use 'vq', whose codes are its own, or 'keep'."
+            )
+        fine, most = self.embedding_fine_tokens, self.vocab_size if self.embeddings == "vq" else 0
+        if not 0 <= fine <= most:
+            raise ValueError(
+                f"`embedding_fine_tokens` must lie between 0 and {most} with `embeddings` "
+                f"{self.embeddings!r}, got {fine}."
             )
         terms = self.embedding_codebooks
         if self.embeddings != "vq" and terms is not None:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .code_checks import check_fine_ids, check_padding, fine_codes_below
 from .head import score_scale
 
 # The tensors that a tied embedding has in common with the head.
-SHARED = ("codebook", "codes")
+SHARED = ("codebook", "codes", "fine_codes", "fine_ids")
 
 
 class VQEmbedding(nn.Module):
@@ -33,6 +34,9 @@ class VQEmbedding(nn.Module):
         offset: parameter (d,), added to every row.
         codes: buffer, uint8 (V, ceil(R / 8)), bit r of a token in bit r % 8 of byte r // 8, 1
             meaning +1.
+        fine_codes: buffer uint8 (F, ceil(R / 8)), second codes of F tokens, which count half; None
+            without.
+        fine_ids: buffer int32 (F,), which tokens, ascending; None without.
         score_scale: the power of two nearest to 1 / R.
         padding_idx: the token from whose row nothing is learned, or None. Its row is what its code
             says, and not zero.
@@ -42,6 +46,7 @@ class VQEmbedding(nn.Module):
         num_embeddings: V.
         embedding_dim: d.
         num_codebooks: R, bits a token.
+        num_fine_tokens: F, how many tokens have a second code.
         padding_idx: see above.
         embed_scale: see above.
 
@@ -52,6 +57,8 @@ class VQEmbedding(nn.Module):
     """
 
     codes: Tensor
+    fine_codes: Tensor | None
+    fine_ids: Tensor | None
 
     def __init__(
         self,
@@ -59,6 +66,7 @@ class VQEmbedding(nn.Module):
         embedding_dim: int,
         *,
         num_codebooks: int,
+        num_fine_tokens: int = 0,
         padding_idx: int | None = None,
         embed_scale: float | None = None,
     ):
@@ -72,10 +80,16 @@ class VQEmbedding(nn.Module):
         self.offset = nn.Parameter(torch.empty(embedding_dim))
         codes = torch.empty(num_embeddings, -(-num_codebooks // 8), dtype=torch.uint8)
         self.register_buffer("codes", codes)
+        fine = num_fine_tokens
+        ids = torch.empty(fine, dtype=torch.int32) if fine else None
+        self.register_buffer("fine_codes", codes.new_empty(fine, codes.shape[1]) if fine else None)
+        self.register_buffer("fine_ids", ids)
         self.reset_parameters()
 
     @classmethod
-    def in_place_of(cls, dense: nn.Module, num_codebooks: int) -> "VQEmbedding":
+    def in_place_of(
+        cls, dense: nn.Module, num_codebooks: int, num_fine_tokens: int = 0
+    ) -> "VQEmbedding":
         """An embedding of random codes with the shape, scale and padding of a dense one.
 
         Raises:
@@ -87,6 +101,7 @@ class VQEmbedding(nn.Module):
             dense.num_embeddings,
             dense.embedding_dim,
             num_codebooks=num_codebooks,
+            num_fine_tokens=num_fine_tokens,
             padding_idx=dense.padding_idx,
             embed_scale=scale,
         )
@@ -95,6 +110,11 @@ class VQEmbedding(nn.Module):
     def num_embeddings(self) -> int:
         """V."""
         return self.codes.shape[0]
+
+    @property
+    def num_fine_tokens(self) -> int:
+        """F, how many tokens have a second code."""
+        return 0 if self.fine_ids is None else len(self.fine_ids)
 
     @property
     @torch.no_grad()
@@ -106,7 +126,7 @@ class VQEmbedding(nn.Module):
         """
         exact = self.codebook.to(torch.promote_types(self.codebook.dtype, torch.float32))
         tokens = torch.arange(self.num_embeddings, device=self.codes.device)
-        return ops.gather_rows(self.codes, tokens, exact, self.score_scale) + self.offset
+        return self._rows(tokens, exact) + self.offset
 
     def initial_tensors(self) -> dict[str, Tensor]:
         """Random tensors to be trained from scratch, by name, drawn on the CPU.
@@ -116,12 +136,21 @@ class VQEmbedding(nn.Module):
         """
         terms, device = self.num_codebooks, torch.device("cpu")
         deviation = 0.02 / (self.score_scale * terms**0.5)
-        codes = torch.randint(0, 256, tuple(self.codes.shape), dtype=torch.uint8, device=device)
-        codes[:, -1] &= 255 >> (-terms % 8)  # padding bits are 0
+        shapes, fine_tokens = {"codes": self.codes.shape}, self.num_fine_tokens
+        if self.fine_codes is not None:
+            shapes["fine_codes"] = self.fine_codes.shape
+        codes = {
+            name: torch.randint(0, 256, tuple(shape), dtype=torch.uint8, device=device)
+            for name, shape in shapes.items()
+        }
+        for one in codes.values():
+            one[:, -1] &= 255 >> (-terms % 8)  # padding bits are 0
+        if fine_tokens:
+            codes["fine_ids"] = torch.arange(fine_tokens, dtype=torch.int32, device=device)
         return {
             "codebook": torch.randn(self.codebook.shape, device=device) * deviation,
             "offset": torch.zeros(self.embedding_dim, device=device),
-            "codes": codes,
+            **codes,
         }
 
     @torch.no_grad()
@@ -134,7 +163,7 @@ class VQEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Rows of tokens: (...) int64 or int32 -> (..., d) in the type of the codebook."""
-        rows = ops.gather_rows(self.codes, input_ids, self.codebook, self.score_scale) + self.offset
+        rows = self._rows(input_ids, self.codebook) + self.offset
         if self.padding_idx is not None and rows.requires_grad:
             padding = (input_ids == self.padding_idx).unsqueeze(-1)
             rows = torch.where(padding, rows.detach(), rows)
@@ -143,9 +172,22 @@ class VQEmbedding(nn.Module):
             rows = rows * torch.full((), self.embed_scale, dtype=rows.dtype, device=rows.device)
         return rows
 
+    def _rows(self, ids: Tensor, codebook: Tensor) -> Tensor:
+        return ops.gather_rows(
+            self.codes,
+            ids,
+            codebook,
+            self.score_scale,
+            fine_ids=self.fine_ids,
+            fine_codes=self.fine_codes,
+        )
+
     def set_codes(self, codes: Tensor) -> None:
-        """Take codes of another vocabulary (V, ceil(R / 8))."""
+        """Take codes of another vocabulary (V, ceil(R / 8)); second codes stay, where they can."""
         self.codes = codes
+        self.fine_ids, self.fine_codes = fine_codes_below(
+            self.fine_ids, self.fine_codes, len(codes)
+        )
         if self.padding_idx is not None and self.padding_idx >= len(codes):
             self.padding_idx = None
 
@@ -153,16 +195,12 @@ class VQEmbedding(nn.Module):
         """Check that the codes are possible ones.
 
         Raises:
-            ValueError: a code sets a bit above R.
+            ValueError: a code sets a bit above R, or the tokens with a second code are not
+                different ones of the vocabulary, ascending.
         """
-        used = self.num_codebooks % 8
-        wrong = self.codes[:, -1] >> used if used else self.codes.new_zeros(1)
-        if bool(wrong.any()):
-            raise ValueError(
-                f"`codes` of the input embedding sets bits above its {self.num_codebooks}, first "
-                f"for token {int(wrong.nonzero()[0])}: the checkpoint is damaged or its "
-                "config.json belongs to another model."
-            )
+        check_padding("codes", self.codes, self.num_codebooks)
+        check_padding("fine_codes", self.fine_codes, self.num_codebooks)
+        check_fine_ids(self.fine_ids, self.num_embeddings)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
@@ -178,7 +216,8 @@ class VQEmbedding(nn.Module):
             `float_parameters` (codebook and offset), `codes_bytes` and `total_bytes`.
         """
         floats = (self.codebook, self.offset)
-        codes_bytes = self.codes.numel()
+        codes = [t for t in (self.codes, self.fine_codes, self.fine_ids) if t is not None]
+        codes_bytes = sum(t.numel() * t.element_size() for t in codes)
         return {
             "float_parameters": sum(t.numel() for t in floats),
             "codes_bytes": codes_bytes,

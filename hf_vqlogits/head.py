@@ -9,7 +9,10 @@ names, without a multiplication per token:
     index codes   logits[n, v] = sum_g scores[n, g, codes[v, g]]
     sign codes    logits[n, v] = sum_r s[v, r] scores[n, r],  s = +1 or -1
 
-with scores = score_scale (hidden . codebook + codebook_bias) and score_scale about 1 / G (1 / R):
+Frequent tokens may have a second sign code s' of half the weight, s + s' / 2 in the place of s: it
+costs such a token R bits more and no codeword.
+
+With scores = score_scale (hidden . codebook + codebook_bias) and score_scale about 1 / G (1 / R):
 a token's output vector is the mean of the codewords that its code names. Were it their sum, a step
 of Adam, which moves every codeword by the learning rate, would move it up to G (R) times as far as
 a row of a dense layer. G = 1 is the VQ-Logits paper's layer.
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .code_checks import check_fine_ids, check_padding, fine_codes_below
 from .ops import eager
 
 
@@ -36,6 +40,7 @@ class HeadConfig(Protocol):
     code_type: str
     num_codebooks: int
     codebook_size: int
+    num_fine_tokens: int
     logit_scale: float
     final_logit_softcapping: float | None
 
@@ -63,6 +68,8 @@ class VQLogitsHead(nn.Module):
             multiplied; a power of two costs no digit (but of subnormal float16 numbers).
         codes: buffer, sign codes uint8 (V, ceil(R / 8)), bit r of a token in bit r % 8 of byte
             r // 8, 1 meaning +1; index codes (V, G), uint8 up to K = 256, else int32.
+        fine_codes: buffer uint8 (F, ceil(R / 8)), second sign codes of F tokens; None without.
+        fine_ids: buffer int32 (F,), which tokens, ascending; None without.
         hidden_mean: buffer (d,), mean hidden state of the calibration text, zero without one.
         fold_direction: buffer (d,), u = E[h h^T]^-1 E[h] of the calibration text: the direction
             along which `bias * u` in the weights is the least-squares substitute of a bias.
@@ -79,6 +86,8 @@ class VQLogitsHead(nn.Module):
     """
 
     codes: Tensor
+    fine_codes: Tensor | None
+    fine_ids: Tensor | None
     hidden_mean: Tensor
     fold_direction: Tensor
 
@@ -102,6 +111,10 @@ class VQLogitsHead(nn.Module):
         self.codebook = nn.Parameter(torch.empty(*shape, self.in_features))
         self.codebook_bias = nn.Parameter(torch.empty(*shape))
         self.register_buffer("codes", codes)
+        fine = config.num_fine_tokens
+        ids = torch.empty(fine, dtype=torch.int32) if fine else None
+        self.register_buffer("fine_codes", codes.new_empty(fine, codes.shape[1]) if fine else None)
+        self.register_buffer("fine_ids", ids)
         self.register_buffer("hidden_mean", torch.empty(self.in_features))
         self.register_buffer("fold_direction", torch.empty(self.in_features))
         self.reset_parameters()
@@ -111,23 +124,38 @@ class VQLogitsHead(nn.Module):
         """V."""
         return self.codes.shape[0]
 
+    @property
+    def num_fine_tokens(self) -> int:
+        """F, how many tokens have a second code."""
+        return 0 if self.fine_ids is None else len(self.fine_ids)
+
     def initial_tensors(self) -> dict[str, Tensor]:
         """Random tensors of a head to be trained from scratch, by name, drawn on the CPU.
 
-        Codes are uniform; codewords are normal with the deviation that gives logits the variance
-        of a dense layer initialised at 0.02.
+        Codes are uniform, second codes are of the first tokens; codewords are normal with the
+        deviation that gives logits the variance of a dense layer initialised at 0.02.
         """
         terms, shape, device = self.num_codebooks, tuple(self.codes.shape), torch.device("cpu")
         deviation = 0.02 / (self.score_scale * terms**0.5)
+
+        def random_bits(count: int) -> Tensor:
+            bits = torch.randint(0, 256, (count, shape[1]), dtype=torch.uint8, device=device)
+            bits[:, -1] &= 255 >> (-terms % 8)  # padding bits are 0
+            return bits
+
         if self.code_type == "sign":
-            codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-            codes[:, -1] &= 255 >> (-terms % 8)  # padding bits are 0
+            codes = random_bits(shape[0])
         else:
             codes = torch.randint(0, self.codebook_size, shape, device=device)
+        fine = {}
+        if self.num_fine_tokens:
+            fine["fine_codes"] = random_bits(self.num_fine_tokens)
+            fine["fine_ids"] = torch.arange(self.num_fine_tokens, dtype=torch.int32, device=device)
         return {
             "codebook": torch.randn(self.codebook.shape, device=device) * deviation,
             "codebook_bias": torch.zeros(self.codebook_bias.shape, device=device),
             "codes": codes.to(self.codes.dtype),
+            **fine,
             "hidden_mean": torch.zeros(self.in_features, device=device),
             "fold_direction": torch.zeros(self.in_features, device=device),
         }
@@ -180,7 +208,13 @@ class VQLogitsHead(nn.Module):
         positions = hidden_states.shape[:-1]
         rows = hidden_states.reshape(-1, self.in_features)
         if labels is None:
-            logits = ops.expand(self.scores(rows), self.codes, code_type=self.code_type)
+            logits = ops.expand(
+                self.scores(rows),
+                self.codes,
+                code_type=self.code_type,
+                fine_ids=self.fine_ids,
+                fine_codes=self.fine_codes,
+            )
             return self.postprocess(logits).view(*positions, self.out_features)
         if labels.shape != positions:
             raise ValueError(
@@ -194,6 +228,8 @@ class VQLogitsHead(nn.Module):
             codebook_bias=self.codebook_bias,
             codes=self.codes,
             code_type=self.code_type,
+            fine_ids=self.fine_ids,
+            fine_codes=self.fine_codes,
             score_scale=self.score_scale,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -224,24 +260,30 @@ class VQLogitsHead(nn.Module):
         columns = self.score_scale * columns.to(torch.promote_types(columns.dtype, torch.float32))
         # Codewords times codes is `expand` with the columns of the codebook as rows of scores; the
         # compiled kernels round to 16 bits what is to be exact here.
-        dense = eager.expand(columns.movedim(-1, 0), self.codes, self.code_type)
+        columns = columns.movedim(-1, 0)
+        dense = eager.expand(columns, self.codes, self.code_type)
+        if self.fine_ids is not None and self.fine_codes is not None:
+            fine = eager.expand(columns, self.fine_codes, self.code_type)
+            eager.add_fine_(dense, fine, self.fine_ids)
         return dense[:-1].T.contiguous(), dense[-1].clone()
+
+    def keep_fine_codes_below(self, vocab_size: int) -> None:
+        """Drop the second codes of tokens that a smaller vocabulary has no longer."""
+        self.fine_ids, self.fine_codes = fine_codes_below(
+            self.fine_ids, self.fine_codes, vocab_size
+        )
 
     def check_codes(self) -> None:
         """Check that the codes are possible ones.
 
         Raises:
-            ValueError: an index code lies outside 0..K-1, or a sign code sets a bit above R.
+            ValueError: an index code lies outside 0..K-1, a sign code sets a bit above R, or the
+                tokens with a second code are not different ones of the vocabulary, ascending.
         """
         if self.code_type == "sign":
-            used = self.num_codebooks % 8
-            wrong = self.codes[:, -1] >> used if used else self.codes.new_zeros(1)
-            if bool(wrong.any()):
-                raise ValueError(
-                    f"`codes` sets bits above the {self.num_codebooks} of `num_codebooks`, first "
-                    f"for token {int(wrong.nonzero()[0])}: the checkpoint is damaged or its "
-                    "config.json belongs to another head."
-                )
+            check_padding("codes", self.codes, self.num_codebooks)
+            check_padding("fine_codes", self.fine_codes, self.num_codebooks)
+            check_fine_ids(self.fine_ids, self.out_features)
             return
         wrong = (self.codes.int() < 0) | (self.codes.int() >= self.codebook_size)
         if bool(wrong.any()):
@@ -258,23 +300,25 @@ class VQLogitsHead(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"code_type={self.code_type}, num_codebooks={self.num_codebooks}, "
-            f"codebook_size={self.codebook_size}"
+            f"codebook_size={self.codebook_size}, num_fine_tokens={self.num_fine_tokens}"
         )
 
     def storage(self) -> dict[str, Any]:
         """Sizes that every report quotes.
 
         Returns:
-            `bits_per_token`, `bits_per_weight` (that over d), `float_parameters` (codebook and
-            biases), and bytes by part: `codes_bytes`, `codebook_bytes`, `total_bytes`.
+            `bits_per_token` (the mean, where some tokens have a second code), `bits_per_weight`
+            (that over d), `float_parameters` (codebook and biases), and bytes by part:
+            `codes_bytes` (with those of `fine_ids`), `codebook_bytes`, `total_bytes`.
         """
         if self.code_type == "sign":
-            bits = self.num_codebooks
+            bits = self.num_codebooks * (1 + self.num_fine_tokens / self.out_features)
         else:
             bits = self.num_codebooks * (self.codebook_size - 1).bit_length()
         floats = (self.codebook, self.codebook_bias)
+        codes = [t for t in (self.codes, self.fine_codes, self.fine_ids) if t is not None]
         codebook_bytes = sum(t.numel() * t.element_size() for t in floats)
-        codes_bytes = self.codes.numel() * self.codes.element_size()
+        codes_bytes = sum(t.numel() * t.element_size() for t in codes)
         return {
             "bits_per_token": bits,
             "bits_per_weight": bits / self.in_features,

@@ -74,5 +74,28 @@ def refuse_incomplete(
         )
 
 
+def refuse_unexpected(
+    path: str | os.PathLike[str] | None, unexpected: Iterable[str], *, only: tuple[str, ...]
+) -> None:
+    """Refuse a checkpoint whose coded parts have more tensors than its configuration says.
+
+    Transformers would leave them out with a warning, and the logits would be others.
+
+    Args:
+        path: of the checkpoint, for the message.
+        unexpected: names of the tensors that the checkpoint has and the model has not.
+        only: beginnings of the names that count.
+
+    Raises:
+        ValueError: names the tensors.
+    """
+    names = sorted(name for name in unexpected if name.startswith(only))
+    if names:
+        raise ValueError(
+            f"The checkpoint {str(path)!r} holds {_listed(names)}, of which its config.json knows "
+            "nothing: they belong to different models."
+        )
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -25,6 +25,7 @@ from .loading import (
     readable_file_errors,
     refuse_incomplete,
     refuse_mismatched,
+    refuse_unexpected,
 )
 from .resizing import resized_codes, resized_embedding_codes, resized_vocabulary
 from .routing import router_loss
@@ -102,10 +103,11 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
             for name, module in model.named_modules()
             if isinstance(module, VQLogitsHead | VQEmbedding)
         }
+        only = tuple(f"{name}." for name in coded)
+        refuse_unexpected(path, info["unexpected_keys"], only=only)
         if getattr(model, "hf_quantizer", None) is None:
             refuse_incomplete(path, info["missing_keys"])
         else:
-            only = tuple(f"{name}." for name in coded)
             refuse_incomplete(path, info["missing_keys"], only=only)
         for module in coded.values():
             if not module.codes.is_meta:
@@ -132,8 +134,10 @@ class VQLogitsModel(VQLogitsPreTrainedModel):
         self.backbone = AutoModel.from_config(config.text_config)
         if config.embeddings != "keep":
             terms = config.embedding_codebooks or config.num_codebooks
+            tied = config.embeddings == "tied"
+            fine = config.num_fine_tokens if tied else config.embedding_fine_tokens
             dense = self.backbone.get_input_embeddings()
-            self.backbone.set_input_embeddings(VQEmbedding.in_place_of(dense, terms))
+            self.backbone.set_input_embeddings(VQEmbedding.in_place_of(dense, terms, fine))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -147,6 +151,7 @@ class VQLogitsModel(VQLogitsPreTrainedModel):
         self.config.tie_word_embeddings = False
         self.config.embeddings = "vq" if coded else "keep"
         self.config.embedding_codebooks = value.num_codebooks if coded else None
+        self.config.embedding_fine_tokens = value.num_fine_tokens if coded else 0
 
     def resize_token_embeddings(
         self,
@@ -388,12 +393,21 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
             return embedding
         codes = resized_codes(self.lm_head, size)
         # The backbone first: should it refuse, the head is still the old one.
-        if self.config.embeddings == "tied":
+        tied = self.config.embeddings == "tied"
+        if tied:
             self.model.set_codes(codes)
         else:
             embedding = self.model.resize_token_embeddings(size, mean_resizing=mean_resizing)
         self.vocab_size = size
         self.lm_head.codes = codes
+        self.lm_head.keep_fine_codes_below(size)
+        self.config.num_fine_tokens = self.lm_head.num_fine_tokens
+        if tied:
+            embedding.fine_codes, embedding.fine_ids = (
+                self.lm_head.fine_codes,
+                self.lm_head.fine_ids,
+            )
+            self.follow_parts()
         return embedding
 
     def to_dense(self) -> DenseModel:

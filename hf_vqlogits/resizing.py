@@ -16,6 +16,7 @@ from torch import Tensor
 from . import ops
 from .embedding import VQEmbedding
 from .head import VQLogitsHead
+from .ops import eager
 
 CHUNK = 8192  # tokens unpacked at a time
 MOST_TRIES = 10_000  # for a free code; where so many are taken there is hardly room
@@ -72,7 +73,7 @@ def resized_codes(head: VQLogitsHead, new_size: int) -> Tensor:
     generator = torch.Generator().manual_seed(old_size)
     count = new_size - old_size
     if head.code_type == "sign":
-        new = _new_sign_codes(_columns(head), head.codes.cpu(), count, generator)
+        new = _new_sign_codes(head, _columns(head), count, generator)
     else:
         new = _new_index_codes(head, count, generator)
     return torch.cat([head.codes, new.to(head.codes)])
@@ -94,7 +95,7 @@ def resized_embedding_codes(embedding: VQEmbedding, new_size: int) -> Tensor:
         return old[:new_size].clone()
     generator = torch.Generator().manual_seed(len(old))
     columns = embedding.score_scale * embedding.codebook.float().cpu()
-    new = _new_sign_codes(columns, old.cpu(), new_size - len(old), generator)
+    new = _new_sign_codes(embedding, columns, new_size - len(old), generator)
     return torch.cat([old, new.to(old)])
 
 
@@ -108,10 +109,15 @@ def _columns(head: VQLogitsHead) -> Tensor:
     return head.score_scale * columns
 
 
-def _new_sign_codes(columns: Tensor, old: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Codes of `count` tokens with codewords `columns` (R, D) beside `old` codes of V tokens."""
-    terms = len(columns)
+def _new_sign_codes(
+    coded: VQLogitsHead | VQEmbedding, columns: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """Codes of `count` tokens with codewords `columns` (R, D), beside those that are there."""
+    terms, old = len(columns), coded.codes.cpu()
     sums = [ops.unpack_signs(part, terms).sum(0) for part in old.split(CHUNK)]
+    if coded.fine_codes is not None:
+        fine = coded.fine_codes.cpu().split(CHUNK)
+        sums += [eager.FINE_FACTOR * ops.unpack_signs(part, terms).sum(0) for part in fine]
     mean_sign = torch.stack(sums).sum(0) / len(old)
     chance = torch.rand(count, terms, generator=generator)
     signs = torch.where(chance < (1 + mean_sign) / 2, 1.0, -1.0)

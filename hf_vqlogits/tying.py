@@ -71,7 +71,8 @@ class TiedCodesMixin(PreTrainedModel):
         shared = plain and self.lm_head.codes is getattr(embedding, "codes", None)
         super()._apply(fn, recurse)
         if shared:
-            self.lm_head.codes = embedding.codes
+            for name in SHARED[1:]:
+                setattr(self.lm_head, name, getattr(embedding, name))
         return self
 
     def shared_names(self) -> dict[str, str]:
@@ -87,7 +88,8 @@ class TiedCodesMixin(PreTrainedModel):
                 f"they are {embedding.embedding_dim} and {self.lm_head.in_features} wide; use 'vq'."
             )
         name = next(name for name, module in self.named_modules() if module is embedding)
-        return {f"lm_head.{tensor}": f"{name}.{tensor}" for tensor in SHARED}
+        there = (tensor for tensor in SHARED if getattr(self.lm_head, tensor) is not None)
+        return {f"lm_head.{tensor}": f"{name}.{tensor}" for tensor in there}
 
     def follow_parts(self) -> None:
         """Make configuration and tied names say what head and embedding are now."""
@@ -95,13 +97,14 @@ class TiedCodesMixin(PreTrainedModel):
         tensors: list[tuple[Any, Any]] = [
             (getattr(self.lm_head, name), getattr(embedding, name, None)) for name in SHARED
         ]
-        if any(one.is_meta for one, _ in tensors):
+        if any(one is not None and one.is_meta for one, _ in tensors):
             return  # offloaded: whether they are the same cannot be told
         tied = all(one is other for one, other in tensors)
         if not tied and self.config.embeddings == "tied":
             self.model.set_input_embeddings(embedding)  # which says what it is
         if tied:
             self.config.embeddings, self.config.embedding_codebooks = "tied", None
+            self.config.embedding_fine_tokens = 0
         self.config.tie_word_embeddings = tied
         self._tied_weights_keys: Any = self.shared_names() if tied else None
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)

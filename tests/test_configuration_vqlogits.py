@@ -78,6 +78,12 @@ def test_use_cache_is_the_backbones():
         ({"code_type": "bits"}, "`code_type` must be one of .*'bits'"),
         ({"num_codebooks": 0}, "`num_codebooks` must be at least 1, got 0"),
         ({"codebook_size": 3}, "`codebook_size` must be 2 for sign codes .*got 3"),
+        ({"num_fine_tokens": -1}, "between 0 and the vocabulary size 61, got -1"),
+        ({"num_fine_tokens": 62}, "between 0 and the vocabulary size 61, got 62"),
+        (
+            {"code_type": "index", "num_fine_tokens": 3},
+            "`num_fine_tokens` must be 0 for index codes, got 3",
+        ),
         ({"code_type": "index", "codebook_size": 0}, "between 1 and the vocabulary size 61, got 0"),
         ({"code_type": "index", "codebook_size": 62}, "vocabulary size 61, got 62"),
         ({"logit_scale": 0.0}, "`logit_scale` must be positive and finite, got 0.0"),

@@ -109,5 +109,5 @@ def test_impossible_codes_are_named():
     embedding = make()
     embedding.check_codes()
     embedding.codes[8, 2] |= 8
-    with pytest.raises(ValueError, match="`codes` of the input embedding .* its 19, .* token 8"):
+    with pytest.raises(ValueError, match="`codes` sets bits above the 19 .* in row 8"):
         embedding.check_codes()

@@ -15,6 +15,12 @@ CODES = {
     "sign": {"code_type": "sign", "num_codebooks": 19, "codebook_size": 2},
     "sign, whole bytes": {"code_type": "sign", "num_codebooks": 16, "codebook_size": 2},
     "sign, one bit": {"code_type": "sign", "num_codebooks": 1, "codebook_size": 2},
+    "sign, second codes": {
+        "code_type": "sign",
+        "num_codebooks": 19,
+        "codebook_size": 2,
+        "num_fine_tokens": 30,
+    },
     "index, G = 1": {"code_type": "index", "num_codebooks": 1, "codebook_size": 40},
     "index, uint8": {"code_type": "index", "num_codebooks": 3, "codebook_size": 256},
     "index, int32": {"code_type": "index", "num_codebooks": 2, "codebook_size": 257},
@@ -24,7 +30,8 @@ AFTER = {"logit_scale": 0.5, "final_logit_softcapping": 2.0}
 
 
 def make_head(fields: dict, *, seed: int = 0, **more) -> VQLogitsHead:
-    config = {"vocab_size": V, "hidden_size": D, "logit_scale": 1.0} | fields | more
+    config = {"vocab_size": V, "hidden_size": D, "num_fine_tokens": 0, "logit_scale": 1.0}
+    config |= fields | more
     torch.manual_seed(seed)
     head = VQLogitsHead(SimpleNamespace(**({"final_logit_softcapping": None} | config)))
     perturb(head)
@@ -160,6 +167,7 @@ def test_the_seed_decides():
 
 def test_names_in_the_state_dict(head):
     names = {"codebook", "codebook_bias", "codes", "hidden_mean", "fold_direction"}
+    names |= {"fine_codes", "fine_ids"} if head.num_fine_tokens else set()
     assert set(head.state_dict()) == names
     assert {n for n, _ in head.named_parameters()} == {"codebook", "codebook_bias"}
 
@@ -206,6 +214,7 @@ def test_meta_device_costs_nothing():
                 **CODES["sign"],
                 vocab_size=10**9,
                 hidden_size=10**5,
+                num_fine_tokens=10**6,
                 logit_scale=1.0,
                 final_logit_softcapping=None,
             )
@@ -218,8 +227,44 @@ def test_meta_device_costs_nothing():
 def test_padding_bits_are_found(name):
     head = make_head(CODES[name])
     head.codes[5, -1] |= 128
-    with pytest.raises(ValueError, match="sets bits above the .* of `num_codebooks`.*token 5"):
+    with pytest.raises(ValueError, match="sets bits above the .* of `num_codebooks`.* row 5"):
         head.check_codes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda head: head.fine_codes[2, -1].bitwise_or_(128), "`fine_codes` sets bits .* row 2"),
+        (lambda head: head.fine_ids[4:5].fill_(V), f"`fine_ids` holds {V}, but must name 30"),
+        (lambda head: head.fine_ids[4:5].fill_(-1), "`fine_ids` holds -1, but must name 30"),
+        (lambda head: head.fine_ids[4:5].fill_(7), "`fine_ids` is not in ascending order"),
+    ],
+)
+def test_impossible_second_codes_are_found(change, message):
+    head = make_head(CODES["sign, second codes"])
+    head.check_codes()
+    change(head)
+    with pytest.raises(ValueError, match=message):
+        head.check_codes()
+
+
+@pytest.mark.parametrize(("size", "kept"), [(V, 30), (20, 20), (1, 1)])
+def test_a_smaller_vocabulary_drops_second_codes(size, kept):
+    head = make_head(CODES["sign, second codes"])
+    head.fine_ids.copy_(head.fine_ids.flip(0))
+    before = dict(zip(head.fine_ids.tolist(), head.fine_codes.tolist(), strict=True))
+    head.keep_fine_codes_below(size)
+    assert head.num_fine_tokens == kept
+    after = zip(head.fine_ids.tolist(), head.fine_codes.tolist(), strict=True)
+    assert all(before[token] == code for token, code in after)
+
+
+def test_a_smaller_vocabulary_may_have_no_second_codes():
+    head = make_head(CODES["sign, second codes"])
+    head.fine_ids += 100
+    head.keep_fine_codes_below(50)
+    assert head.fine_ids is None
+    assert "fine_codes" not in head.state_dict()
 
 
 @pytest.mark.parametrize("name", ["index, G = 1", "index, int32"])
@@ -246,6 +291,10 @@ def test_storage_counts_every_byte():
     assert sizes["float_parameters"] == 19 * (D + 1)
     assert sizes["codes_bytes"] == 3 * V
     assert sizes["total_bytes"] == 3 * V + 4 * 19 * (D + 1)
+    fine = make_head(CODES["sign, second codes"]).storage()
+    assert fine["bits_per_token"] == pytest.approx(19 * (1 + 30 / V))
+    assert fine["codes_bytes"] == 3 * V + 3 * 30 + 4 * 30
+    assert fine["codebook_bytes"] == sizes["codebook_bytes"]
     assert make_head(CODES["index, uint8"]).storage()["bits_per_token"] == 3 * 8
     assert make_head(CODES["index, int32"]).storage()["codes_bytes"] == 2 * 4 * V
     assert make_head(CODES["sign"]).bfloat16().storage()["codebook_bytes"] == 2 * 19 * (D + 1)

@@ -21,11 +21,26 @@ def change(folder, edit):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["codebook", "codebook_bias", "codes"])
+@pytest.mark.parametrize("name", ["codebook", "codebook_bias", "codes", "fine_codes", "fine_ids"])
 def test_missing_tensors_of_the_head_are_named(make_model, tmp_path, name):
-    make_model("llama").save_pretrained(tmp_path)
+    make_model("llama", num_fine_tokens=5).save_pretrained(tmp_path)
     change(tmp_path, lambda tensors: tensors.pop(f"lm_head.{name}"))
     with pytest.raises(ValueError, match=rf"{tmp_path.name}.* lacks lm_head.{name}: it is incompl"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_tensors_of_the_head_that_the_configuration_knows_nothing_of(make_model, tmp_path):
+    make_model("llama", num_fine_tokens=5).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_fine_tokens": 0}))
+    with pytest.raises(ValueError, match=r"holds lm_head.fine_codes, lm_head.fine_ids, of which"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_dense_layer_beside_the_head(make_model, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    change(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(61, 32)}))
+    with pytest.raises(ValueError, match=r"holds lm_head.weight, of which its config.json knows"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -128,7 +143,7 @@ def test_padding_bits_are_named(make_model, tmp_path):
         tensors["lm_head.codes"][8, 2] |= 8
 
     change(tmp_path, damage)
-    with pytest.raises(ValueError, match="`codes` sets bits above the 19 of `num_codebooks`.*en 8"):
+    with pytest.raises(ValueError, match="`codes` sets bits above the 19 of .* row 8"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -11,6 +11,7 @@ from hf_vqlogits.resizing import resized_codes, resized_vocabulary
 
 HEADS = {
     "sign": {"num_codebooks": 40},
+    "second codes": {"num_codebooks": 40, "num_fine_tokens": VOCABULARY},
     "index": {"code_type": "index", "num_codebooks": 4, "codebook_size": 7},
 }
 ONE_CODEBOOK = {"code_type": "index", "num_codebooks": 1, "codebook_size": 20}
@@ -23,6 +24,7 @@ def assert_consistent(model, size):
     assert model.get_input_embeddings().num_embeddings == size
     assert model.lm_head.out_features == model.lm_head.codes.shape[0] == size
     model.lm_head.check_codes()
+    assert model.config.num_fine_tokens == model.lm_head.num_fine_tokens
     assert model(torch.tensor([[3, size - 1]])).logits.shape == (1, 2, size)
 
 

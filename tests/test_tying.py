@@ -45,13 +45,13 @@ def change(folder, edit):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_backbone_sees_the_coded_rows(make_model, ids, family, mode):
     """As a dense embedding of the same rows and the family's own class would give them."""
-    model = make_model(family, embeddings=mode)
+    model = make_model(family, embeddings=mode, num_fine_tokens=8)
     assert is_tied(model) == (mode == "tied")
     torch.manual_seed(0)
     dense = AutoModel.from_config(model.config.text_config).eval()
     state = model.model.backbone.state_dict()
     name = EMBEDDING[family]
-    for tensor in ("codebook", "offset", "codes"):
+    for tensor in model.get_input_embeddings().state_dict():
         del state[f"{name}.{tensor}"]
     dense.load_state_dict(state | {f"{name}.weight": model.get_input_embeddings().weight})
     torch.testing.assert_close(
@@ -62,7 +62,7 @@ def test_the_backbone_sees_the_coded_rows(make_model, ids, family, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_and_loaded(make_model, ids, tmp_path, family, mode):
-    model = make_model(family, embeddings=mode)
+    model = make_model(family, embeddings=mode, num_fine_tokens=8)
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert (stored["embeddings"], stored["tie_word_embeddings"]) == (mode, mode == "tied")
@@ -70,7 +70,7 @@ def test_saved_and_loaded(make_model, ids, tmp_path, family, mode):
     saved = load_file(tmp_path / "model.safetensors")
     name = f"model.backbone.{EMBEDDING[family]}"
     assert {n for n in saved if n.startswith(name)} == {
-        f"{name}.{tensor}" for tensor in ("codebook", "offset", "codes")
+        f"{name}.{tensor}" for tensor in model.get_input_embeddings().state_dict()
     }
     once = mode == "tied"
     assert [n for n in SHARED if f"lm_head.{n}" in saved] == ([] if once else list(SHARED))
@@ -100,7 +100,7 @@ def test_saved_and_loaded(make_model, ids, tmp_path, family, mode):
     ids=str,
 )
 def test_ways_of_loading(make_model, ids, tmp_path, mode, options):
-    model = make_model("llama", embeddings=mode)
+    model = make_model("llama", embeddings=mode, num_fine_tokens=8)
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
@@ -114,7 +114,7 @@ def test_ways_of_loading(make_model, ids, tmp_path, mode, options):
 # Tied tensors must lie in one place, as in any other model.
 @pytest.mark.parametrize(("mode", "head"), [("vq", "cpu"), ("vq", "disk"), ("tied", "disk")])
 def test_offloaded_to_disk(make_model, ids, tmp_path, mode, head):
-    model = make_model("llama", embeddings=mode)
+    model = make_model("llama", embeddings=mode, num_fine_tokens=8)
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model",
@@ -128,7 +128,7 @@ def test_offloaded_to_disk(make_model, ids, tmp_path, mode, head):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_base_model_loads_from_the_same_folder(make_model, ids, tmp_path, caplog, mode):
-    model = make_model("gpt2", embeddings=mode)
+    model = make_model("gpt2", embeddings=mode, num_fine_tokens=8)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is VQLogitsModel
@@ -139,7 +139,9 @@ def test_base_model_loads_from_the_same_folder(make_model, ids, tmp_path, caplog
 
 def test_fresh_models():
     for mode in MODES:
-        config = VQLogitsConfig(text_config=text_config("gpt2"), num_codebooks=19, embeddings=mode)
+        config = VQLogitsConfig(
+            text_config=text_config("gpt2"), num_codebooks=19, embeddings=mode, num_fine_tokens=8
+        )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         assert is_tied(model) == (mode == "tied")
         assert model.get_input_embeddings().offset.dtype == torch.bfloat16
@@ -164,7 +166,7 @@ def test_mismatched_shapes_are_drawn_anew_on_request(make_model, tmp_path):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("mode", MODES)
 def test_copies_are_independent(make_model, ids, mode, copied):
-    model = make_model("llama", embeddings=mode)
+    model = make_model("llama", embeddings=mode, num_fine_tokens=8)
     wanted = model(ids).logits
     twin = copied(model)
     assert is_tied(twin) == (mode == "tied")
@@ -174,19 +176,20 @@ def test_copies_are_independent(make_model, ids, mode, copied):
 
 
 def test_moving_and_casting_keep_the_tie(make_model, ids):
-    model = make_model("llama", embeddings="tied")
+    model = make_model("llama", embeddings="tied", num_fine_tokens=8)
     wanted = model(ids).logits
     assert is_tied(model.to(torch.bfloat16))
     torch.testing.assert_close(model(ids).logits.float(), wanted, atol=0.3, rtol=0.1)
     model._apply(lambda tensor: tensor.clone())  # what a move to another device does to buffers
-    assert model.lm_head.codes is model.get_input_embeddings().codes
-    own = make_model("llama", embeddings="vq").to(torch.bfloat16)
+    embedding = model.get_input_embeddings()
+    assert all(getattr(model.lm_head, n) is getattr(embedding, n) for n in SHARED[1:])
+    own = make_model("llama", embeddings="vq", num_fine_tokens=8).to(torch.bfloat16)
     assert not is_tied(own)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sizes_count_shared_tensors_once(make_model, mode):
-    model = make_model("gpt2", embeddings=mode)
+    model = make_model("gpt2", embeddings=mode, num_fine_tokens=8)
     layers = sum(p.numel() for p in model.model.backbone.h.parameters()) + 128 * 32 + 2 * 32
     embedding = 32 + (19 * 32 if mode == "vq" else 0)
     assert model.num_parameters() == layers + 19 * 33 + embedding
@@ -199,7 +202,7 @@ def test_sizes_count_shared_tensors_once(make_model, mode):
 @pytest.mark.parametrize("name", ["codebook", "offset", "codes"])
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
 def test_missing_tensors_are_named(make_model, tmp_path, mode, name, auto):
-    make_model("gpt2", embeddings=mode).save_pretrained(tmp_path)
+    make_model("gpt2", embeddings=mode, num_fine_tokens=8).save_pretrained(tmp_path)
     change(tmp_path, lambda tensors: tensors.pop(f"model.backbone.wte.{name}"))
     with pytest.raises(ValueError, match=rf"lacks .*backbone.wte.{name}: it is incomplete"):
         auto.from_pretrained(tmp_path)
@@ -207,19 +210,19 @@ def test_missing_tensors_are_named(make_model, tmp_path, mode, name, auto):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_impossible_codes_are_named(make_model, tmp_path, mode):
-    make_model("gpt2", embeddings=mode).save_pretrained(tmp_path)
+    make_model("gpt2", embeddings=mode, num_fine_tokens=8).save_pretrained(tmp_path)
 
     def damage(tensors):
         tensors["model.backbone.wte.codes"][8, 2] |= 8
 
     change(tmp_path, damage)
-    with pytest.raises(ValueError, match="`codes` of the input embedding sets bits .* token 8"):
+    with pytest.raises(ValueError, match="`codes` sets bits .* in row 8"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_shapes_that_contradict_the_configuration_are_named(make_model, tmp_path, mode):
-    make_model("gpt2", embeddings=mode).save_pretrained(tmp_path)
+    make_model("gpt2", embeddings=mode, num_fine_tokens=8).save_pretrained(tmp_path)
 
     def damage(tensors):
         tensors["model.backbone.wte.codes"] = tensors["model.backbone.wte.codes"][:, :2].clone()
@@ -231,7 +234,7 @@ def test_shapes_that_contradict_the_configuration_are_named(make_model, tmp_path
 
 @pytest.mark.parametrize("mode", MODES)
 def test_truncated_files_are_named(make_model, tmp_path, mode):
-    make_model("gpt2", embeddings=mode).save_pretrained(tmp_path)
+    make_model("gpt2", embeddings=mode, num_fine_tokens=8).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is truncated or damaged"):
@@ -240,7 +243,7 @@ def test_truncated_files_are_named(make_model, tmp_path, mode):
 
 def test_tied_checkpoints_that_hold_both_sides(make_model, ids, tmp_path):
     """As some tools write them; equal they are one, different ones are refused."""
-    model = make_model("gpt2", embeddings="tied")
+    model = make_model("gpt2", embeddings="tied", num_fine_tokens=8)
     model.save_pretrained(tmp_path)
 
     def write_twice(tensors):
@@ -260,7 +263,7 @@ def test_tied_checkpoints_that_hold_both_sides(make_model, ids, tmp_path):
 
 
 def test_tied_checkpoints_under_the_heads_name(make_model, ids, tmp_path):
-    model = make_model("gpt2", embeddings="tied")
+    model = make_model("gpt2", embeddings="tied", num_fine_tokens=8)
     model.save_pretrained(tmp_path)
 
     def rename(tensors):
@@ -274,7 +277,9 @@ def test_tied_checkpoints_under_the_heads_name(make_model, ids, tmp_path):
 
 
 def test_sides_of_different_width_cannot_be_tied(make_model, monkeypatch):
-    config = VQLogitsConfig(text_config=text_config("gpt2"), num_codebooks=19, embeddings="tied")
+    config = VQLogitsConfig(
+        text_config=text_config("gpt2"), num_codebooks=19, embeddings="tied", num_fine_tokens=8
+    )
     narrow = VQEmbedding(VOCABULARY, 16, num_codebooks=19)
     monkeypatch.setattr(VQEmbedding, "in_place_of", lambda *_: narrow)
     with pytest.raises(ValueError, match="as wide as the output layer, but they are 16 and 32"):
@@ -288,7 +293,7 @@ def test_sides_of_different_width_cannot_be_tied(make_model, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [VOCABULARY + 9, VOCABULARY - 9])
 def test_resized(make_model, ids, tmp_path, family, mode, size):
-    model = make_model(family, embeddings=mode)
+    model = make_model(family, embeddings=mode, num_fine_tokens=8)
     ids = ids % (VOCABULARY - 9)
     before = model(ids).logits.detach()
     embedding = model.resize_token_embeddings(size)
@@ -297,6 +302,7 @@ def test_resized(make_model, ids, tmp_path, family, mode, size):
     assert embedding.num_embeddings == model.lm_head.out_features == size
     assert model.config.vocab_size == model.model.backbone.config.vocab_size == size
     assert model.vocab_size == getattr(model.model.backbone, "vocab_size", size) == size
+    assert model.config.num_fine_tokens == model.lm_head.num_fine_tokens == 8
     embedding.check_codes()
     assert len(embedding.codes.unique(dim=0)) == size
     kept = min(size, VOCABULARY)
@@ -319,7 +325,7 @@ def test_new_rows_stand_near_the_mean(make_model):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_refused_and_idle_resizes_change_nothing(make_model, mode):
-    model = make_model("llama", embeddings=mode)
+    model = make_model("llama", embeddings=mode, num_fine_tokens=8)
     codes = model.get_input_embeddings().codes
     assert model.resize_token_embeddings() is model.get_input_embeddings()
     with pytest.raises(ValueError, match="`new_num_tokens` must be at least 1, got 0"):
@@ -338,7 +344,7 @@ def test_the_base_model_is_resized_alone(make_model, embeddings):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_configuration_follows_the_embedding(make_model, ids, tmp_path, mode):
-    model = make_model("gpt2", embeddings=mode)
+    model = make_model("gpt2", embeddings=mode, num_fine_tokens=8)
     model.set_input_embeddings(nn.Embedding(VOCABULARY, 32))
     config = model.config
     assert (config.embeddings, config.embedding_codebooks) == ("keep", None)
@@ -351,7 +357,8 @@ def test_the_configuration_follows_the_embedding(make_model, ids, tmp_path, mode
     model.set_input_embeddings(own)
     assert (config.embeddings, config.embedding_codebooks) == ("vq", 11)
     shared = VQEmbedding(VOCABULARY, 32, num_codebooks=19)
-    shared.codebook, shared.codes = model.lm_head.codebook, model.lm_head.codes
+    for name in SHARED:
+        setattr(shared, name, getattr(model.lm_head, name))
     model.set_input_embeddings(shared)
     assert (config.embeddings, config.embedding_codebooks) == ("tied", None)
     assert config.tie_word_embeddings is True
@@ -362,7 +369,7 @@ def test_the_configuration_follows_the_embedding(make_model, ids, tmp_path, mode
 
 
 def test_a_head_of_its_own_unties(make_model, ids, tmp_path):
-    model = make_model("gpt2", embeddings="tied")
+    model = make_model("gpt2", embeddings="tied", num_fine_tokens=8)
     head = copy.deepcopy(model.lm_head)
     nn.init.normal_(head.codebook)
     model.set_output_embeddings(head)
@@ -378,7 +385,7 @@ def test_a_head_of_its_own_unties(make_model, ids, tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_back_to_dense(make_model, ids, tmp_path, family, mode):
-    model = make_model(family, embeddings=mode)
+    model = make_model(family, embeddings=mode, num_fine_tokens=8)
     nn.init.zeros_(model.lm_head.codebook_bias)
     dense = model.to_dense().model
     assert type(dense.get_input_embeddings()) is not VQEmbedding
@@ -398,7 +405,7 @@ def test_back_to_dense(make_model, ids, tmp_path, family, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_and_without_cache(make_model, ids, family, mode):
-    model = make_model(family, embeddings=mode)
+    model = make_model(family, embeddings=mode, num_fine_tokens=8)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(ids)
     cached = model.generate(ids, attention_mask=mask, **options)
@@ -408,7 +415,7 @@ def test_generation_with_and_without_cache(make_model, ids, family, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_sides_train(make_model, ids, family, mode):
-    model = make_model(family, embeddings=mode)
+    model = make_model(family, embeddings=mode, num_fine_tokens=8)
     model(ids, labels=ids).loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
     whole = model.lm_head.codebook.grad.clone()
@@ -423,7 +430,7 @@ def test_both_sides_train(make_model, ids, family, mode):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
 def test_checkpointing_gives_the_same_gradients(make_model, ids, family, reentrant, mode):
-    model = make_model(family, embeddings=mode).train()
+    model = make_model(family, embeddings=mode, num_fine_tokens=8).train()
     model.config.use_cache = False
     model(ids, labels=ids).loss.backward()
     wanted = {n: p.grad for n, p in model.named_parameters()}
@@ -438,7 +445,7 @@ def test_checkpointing_gives_the_same_gradients(make_model, ids, family, reentra
 @pytest.mark.parametrize("mode", MODES)
 def test_input_gradients_for_a_frozen_embedding(make_model, ids, mode):
     """What adapters under reentrant checkpointing need."""
-    model = make_model("llama", embeddings=mode).train()
+    model = make_model("llama", embeddings=mode, num_fine_tokens=8).train()
     model.requires_grad_(False)
     assert not model.get_input_embeddings()(ids).requires_grad
     model.enable_input_require_grads()
@@ -448,7 +455,7 @@ def test_input_gradients_for_a_frozen_embedding(make_model, ids, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_and_exported(make_model, ids, mode):
     layers = text_config("gemma3_text", num_hidden_layers=1)
-    model = make_model("gemma3_text", text_config=layers, embeddings=mode)
+    model = make_model("gemma3_text", text_config=layers, embeddings=mode, num_fine_tokens=8)
     model.config.use_cache = False
     wanted = model(ids).logits
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -61,7 +61,12 @@ def dense_weight(head: VQLogitsHead) -> tuple[Tensor, Tensor]:
     columns = columns * head.score_scale
     if head.code_type == "sign":
         bits = np.unpackbits(codes, axis=1, count=head.num_codebooks, bitorder="little")
-        dense = torch.from_numpy(bits * 2.0 - 1.0) @ columns
+        signs = bits * 2.0 - 1.0
+        if head.fine_ids is not None:
+            fine = head.fine_codes.cpu().numpy()
+            bits = np.unpackbits(fine, axis=1, count=head.num_codebooks, bitorder="little")
+            signs[head.fine_ids.cpu().numpy()] += bits - 0.5
+        dense = torch.from_numpy(signs) @ columns
     else:
         dense = torch.stack([sum(columns[g, c] for g, c in enumerate(row)) for row in codes])
     return dense[:, :-1], dense[:, -1]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import eager
 from .registration import (
+    CODES,
     LIBRARY,
     TAGS,
     check,
@@ -47,6 +48,8 @@ def linear_cross_entropy(
     codebook_bias: Tensor,
     codes: Tensor,
     code_type: str,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
     score_scale: float = 1.0,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -69,6 +72,8 @@ def linear_cross_entropy(
         codebook_bias: (R,) or (G, K).
         codes: sign codes uint8 (V, ceil(R / 8)); index codes (V, G), uint8 or int32.
         code_type: `"sign"` or `"index"`.
+        fine_ids: (F,), tokens with a second sign code, each once; or None.
+        fine_codes: uint8 (F, ceil(R / 8)), those codes; they count half.
         score_scale: factor on every score.
         ignore_index: label of rows that count neither in the loss nor in its mean.
         reduction: `"mean"` over the rows that count, `"sum"` or `"none"`.
@@ -93,8 +98,10 @@ def linear_cross_entropy(
     losses, _ = torch.ops.vqlogits.cross_entropy.default(
         scores,
         codes,
-        labels,
         code_type,
+        fine_ids,
+        fine_codes,
+        labels,
         ignore_index,
         label_smoothing,
         logit_scale,
@@ -110,8 +117,10 @@ def linear_cross_entropy(
 def compute_cross_entropy(
     scores: Tensor,
     codes: Tensor,
-    labels: Tensor,
     code_type: str,
+    fine_ids: Tensor | None,
+    fine_codes: Tensor | None,
+    labels: Tensor,
     ignore_index: int,
     label_smoothing: float,
     logit_scale: float,
@@ -120,7 +129,8 @@ def compute_cross_entropy(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Losses (N,) and the gradient of each in its row of scores, shaped as those or empty."""
-    check(scores, codes, code_type)
+    check(scores, codes, code_type, fine_ids, fine_codes)
+    fine = (fine_ids, fine_codes)
     options = _Options(label_smoothing, logit_scale, final_logit_softcapping)
     exact = eager.sum_dtype(scores.dtype)
     losses = scores.new_zeros(scores.shape[0], dtype=exact)
@@ -135,14 +145,15 @@ def compute_cross_entropy(
         for chunk in rows.split(size):
             part, target = scores[chunk].to(exact), labels[chunk]
             if counts is None:
-                logits = compute_expand(part, codes, code_type)  # (n, V)
+                logits = compute_expand(part, codes, code_type, *fine)  # (n, V)
             else:
                 logits, target = part[:, 0], codes[target, 0].long()  # (n, K)
             losses[chunk], slope = _losses_and_slope(logits, target, counts, options, with_gradient)
             if slope is None:
                 continue
             if counts is None:
-                slope = compute_expand_backward(slope, codes, code_type, tuple(part.shape))
+                shape = tuple(part.shape)
+                slope = compute_expand_backward(slope, codes, code_type, *fine, shape)
             gradient[chunk] = slope.view(part.shape).to(scores.dtype)
     return losses, gradient
 
@@ -195,7 +206,7 @@ def _tokens_per_codeword(codes: Tensor, codebook_size: int) -> Tensor:
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, labels, _, ctx.ignore_index, *_ = inputs
+    *_, labels, ctx.ignore_index = inputs[:7]
     _, gradient = output
     ctx.mark_non_differentiable(gradient)
     ctx.set_materialize_grads(False)
@@ -213,19 +224,17 @@ def _gradient_of_losses(
             "graph of its gradient; use `expand` and torch.nn.functional.cross_entropy instead."
         )
     if grad_losses is None:
-        return (None,) * 10
+        return (None,) * 12
     gradient, labels = ctx.saved_tensors
     # The mean over no rows has an infinite gradient; ignored rows have none, as in PyTorch.
     factor = grad_losses.masked_fill(labels == ctx.ignore_index, 0)
     factor = factor.view(-1, *[1] * (gradient.dim() - 1))
-    return ((factor * gradient).to(gradient.dtype), *[None] * 9)
+    return ((factor * gradient).to(gradient.dtype), *[None] * 11)
 
 
-def _shapes(
-    scores: Tensor, codes: Tensor, labels: Tensor, code_type: str, *options: Any
-) -> tuple[Tensor, Tensor]:
-    check(scores, codes, code_type)
-    with_gradient = options[-1]
+def _shapes(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    check(scores, *arguments[:4])
+    with_gradient = arguments[-1]
     losses = scores.new_empty(scores.shape[0], dtype=eager.sum_dtype(scores.dtype))
     return losses, torch.empty_like(scores) if with_gradient else scores.new_empty(0)
 
@@ -270,7 +279,7 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
 
 
 LIBRARY.define(
-    "cross_entropy(Tensor scores, Tensor codes, Tensor labels, str code_type, int ignore_index, "
+    f"cross_entropy(Tensor scores, {CODES}, Tensor labels, int ignore_index, "
     "float label_smoothing, float logit_scale, float? final_logit_softcapping, int? chunk_size, "
     "bool with_gradient) -> (Tensor, Tensor)",
     tags=TAGS,

@@ -7,6 +7,9 @@ Letters: N rows, V vocabulary, G codebooks (R for sign codes), K codewords.
 
 with scores = scale (hidden . codebook + codebook_bias), the one product with hidden states.
 
+Some tokens may have a second sign code s', the fine one, which names the same codewords at a
+fraction of their length: their s[v, r] is s[v, r] + `FINE_FACTOR` s'[v, r].
+
 Bit r of token v is `(codes[v, r // 8] >> (r % 8)) & 1`; 1 stands for +1, and bits above R are 0.
 Everything here works on any device and in any floating-point type; sums of bfloat16 and float16
 scores are taken in float32 and rounded once.
@@ -21,6 +24,10 @@ from torch import Tensor
 # should stay in a core's cache: gradient of 64 rows, V 50,257, R 1,000, 2 cores: 65 ms in pieces of
 # 1 MB, 54 ms in 4 MB, 57 ms in 16 MB.
 _PIECE_BYTES = 4 << 20
+
+# A half makes of two signs the four levels of a uniform quantiser, +-1/2 and +-3/2. On
+# SmolLM2-135M at 99%, perplexity factor with 0.5 and 0.6: 1.225, 1.231.
+FINE_FACTOR = 0.5
 
 
 def pack_signs(signs: Tensor) -> Tensor:
@@ -133,6 +140,22 @@ def gather_rows_backward(
     for some, signs in _pieces(codes.index_select(0, ids), num_codebooks, exact.dtype):
         sums.addmm_(signs.T, exact[some], alpha=scale)
     return sums.to(grad.dtype)
+
+
+def add_fine_(logits: Tensor, fine_logits: Tensor, fine_ids: Tensor) -> Tensor:
+    """Add what the second codes give, in place.
+
+    Args:
+        logits: (N, V) of the first codes.
+        fine_logits: (N, F), the scores summed by the second codes.
+        fine_ids: (F,), the tokens that have them, each once.
+
+    Returns:
+        `logits`.
+    """
+    # Not `index_add_`, which loops over the tokens with a microsecond for each.
+    index = fine_ids.long().expand(len(logits), -1)
+    return logits.scatter_add_(1, index, fine_logits * FINE_FACTOR)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

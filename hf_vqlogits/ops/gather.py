@@ -26,7 +26,15 @@ LIBRARY.define(
 )
 
 
-def gather_rows(codes: Tensor, ids: Tensor, codebook: Tensor, scale: float = 1.0) -> Tensor:
+def gather_rows(
+    codes: Tensor,
+    ids: Tensor,
+    codebook: Tensor,
+    scale: float = 1.0,
+    *,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
+) -> Tensor:
     """Rows of tokens whose sign codes name codewords: what an embedding looks up.
 
     Equivalent to `embedding(ids, scale * unpack_signs(codes, R) @ codebook)`, without the V x d
@@ -37,6 +45,8 @@ def gather_rows(codes: Tensor, ids: Tensor, codebook: Tensor, scale: float = 1.0
         ids: tokens (...), int64 or int32.
         codebook: (R, d).
         scale: factor on every row, applied before the row is rounded to the codebook's type.
+        fine_ids: (F,), tokens with a second sign code, ascending; or None.
+        fine_codes: uint8 (F, ceil(R / 8)), those codes; they count half.
 
     Returns:
         (..., d) in the type of `codebook`.
@@ -47,7 +57,14 @@ def gather_rows(codes: Tensor, ids: Tensor, codebook: Tensor, scale: float = 1.0
         IndexError: an id lies outside 0..V-1 (on a GPU whatever PyTorch's indexing raises there).
     """
     gather = torch.ops.vqlogits.gather_rows.default
-    return gather(codes, ids.reshape(-1), codebook, scale).view(*ids.shape, codebook.shape[-1])
+    flat = ids.reshape(-1)
+    rows = gather(codes, flat, codebook, scale)
+    if fine_ids is not None and fine_codes is not None:
+        # For all tokens, as the number of those that have one would be a shape made of data.
+        place = torch.searchsorted(fine_ids, flat.to(fine_ids.dtype)).clamp(max=len(fine_ids) - 1)
+        share = (fine_ids[place] == flat).to(rows.dtype) * eager.FINE_FACTOR
+        rows = rows + share.unsqueeze(1) * gather(fine_codes, place, codebook, scale)
+    return rows.view(*ids.shape, codebook.shape[-1])
 
 
 def _check(codes: Tensor, ids: Tensor, codebook: Tensor) -> None:

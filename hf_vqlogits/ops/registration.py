@@ -1,7 +1,8 @@
 """The operation as PyTorch sees it: its name, its shapes and its gradient.
 
-    torch.ops.vqlogits.expand(scores, codes, code_type) -> logits
-    torch.ops.vqlogits.expand_backward(grad, codes, code_type, shape) -> grad of the scores
+    torch.ops.vqlogits.expand(scores, codes, code_type, fine_ids, fine_codes) -> logits
+    torch.ops.vqlogits.expand_backward(grad, codes, code_type, fine_ids, fine_codes, shape)
+        -> grad of the scores
 
 Registered operators are opaque to `torch.compile`, so that no graph breaks at a kernel.
 """
@@ -20,13 +21,19 @@ CODE_TYPES = ("sign", "index")
 # logits takes some 150. CUDA graphs may not record what reads the environment and keeps matrices.
 LIBRARY = torch.library.Library("vqlogits", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-LIBRARY.define("expand(Tensor scores, Tensor codes, str code_type) -> Tensor", tags=TAGS)
-LIBRARY.define(
-    "expand_backward(Tensor grad, Tensor codes, str code_type, SymInt[] shape) -> Tensor", tags=TAGS
-)
+CODES = "Tensor codes, str code_type, Tensor? fine_ids, Tensor? fine_codes"
+LIBRARY.define(f"expand(Tensor scores, {CODES}) -> Tensor", tags=TAGS)
+LIBRARY.define(f"expand_backward(Tensor grad, {CODES}, SymInt[] shape) -> Tensor", tags=TAGS)
 
 
-def expand(scores: Tensor, codes: Tensor, *, code_type: str) -> Tensor:
+def expand(
+    scores: Tensor,
+    codes: Tensor,
+    *,
+    code_type: str,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
+) -> Tensor:
     """Sum the scores that every token's code names: logits.
 
     For sign codes equivalent to `scores @ unpack_signs(codes, R).T`, for index codes to
@@ -36,6 +43,8 @@ def expand(scores: Tensor, codes: Tensor, *, code_type: str) -> Tensor:
         scores: (N, R) with sign codes, (N, G, K) with index codes.
         codes: sign codes uint8 (V, ceil(R / 8)); index codes (V, G), uint8 or int32.
         code_type: `"sign"` or `"index"`.
+        fine_ids: (F,), tokens with a second sign code, each once; or None.
+        fine_codes: uint8 (F, ceil(R / 8)), those codes; they count half.
 
     Returns:
         Logits (N, V) in the type of `scores`. Sums of bfloat16 and float16 are taken in float32.
@@ -50,13 +59,30 @@ def expand(scores: Tensor, codes: Tensor, *, code_type: str) -> Tensor:
         IndexError: an index code lies outside 0..K-1 (by the compiled kernels; elsewhere whatever
             PyTorch's own indexing raises on the device).
     """
-    logits: Tensor = torch.ops.vqlogits.expand.default(scores, codes, code_type)
+    logits: Tensor = torch.ops.vqlogits.expand.default(
+        scores, codes, code_type, fine_ids, fine_codes
+    )
     return logits
 
 
-def compute_expand(scores: Tensor, codes: Tensor, code_type: str) -> Tensor:
+def compute_expand(
+    scores: Tensor,
+    codes: Tensor,
+    code_type: str,
+    fine_ids: Tensor | None,
+    fine_codes: Tensor | None,
+) -> Tensor:
     """[`expand`] below autograd, by the backend that was chosen."""
-    check(scores, codes, code_type)
+    check(scores, codes, code_type, fine_ids, fine_codes)
+    if fine_ids is None or fine_codes is None:
+        return _expand_codes(scores, codes, code_type)
+    exact = scores.to(eager.sum_dtype(scores.dtype))  # two sums, to be rounded once
+    logits = _expand_codes(exact, codes, code_type)
+    fine_logits = _expand_codes(exact, fine_codes, code_type)
+    return eager.add_fine_(logits, fine_logits, fine_ids).to(scores.dtype)
+
+
+def _expand_codes(scores: Tensor, codes: Tensor, code_type: str) -> Tensor:
     backend = backends.for_expand(scores, codes, code_type)
     if backend in ("avx512", "plain"):
         return cpu.expand(scores, codes, code_type, backend)
@@ -67,9 +93,25 @@ def compute_expand(scores: Tensor, codes: Tensor, code_type: str) -> Tensor:
 
 
 def compute_expand_backward(
-    grad: Tensor, codes: Tensor, code_type: str, shape: tuple[int, ...]
+    grad: Tensor,
+    codes: Tensor,
+    code_type: str,
+    fine_ids: Tensor | None,
+    fine_codes: Tensor | None,
+    shape: tuple[int, ...],
 ) -> Tensor:
     """Gradient of [`expand`] with respect to scores of the given shape."""
+    sums = _expand_codes_backward(grad, codes, code_type, shape)
+    if fine_ids is None or fine_codes is None:
+        return sums
+    fine_grad = grad.index_select(1, fine_ids)
+    fine_sums = _expand_codes_backward(fine_grad, fine_codes, code_type, shape)
+    return sums.add_(fine_sums, alpha=eager.FINE_FACTOR)
+
+
+def _expand_codes_backward(
+    grad: Tensor, codes: Tensor, code_type: str, shape: tuple[int, ...]
+) -> Tensor:
     backend = backends.for_expand_backward(grad, codes, code_type, shape[1])
     with without_autocast(grad.device):
         if backend == "matmul":
@@ -77,7 +119,13 @@ def compute_expand_backward(
         return eager.expand_backward(grad, codes, code_type, shape)
 
 
-def check(scores: Tensor, codes: Tensor, code_type: str) -> None:
+def check(
+    scores: Tensor,
+    codes: Tensor,
+    code_type: str,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
+) -> None:
     """Raise what [`expand`] documents, as far as it can be told without reading the tensors."""
     if code_type not in CODE_TYPES:
         raise ValueError(f"`code_type` is {code_type!r}; it must be {' or '.join(CODE_TYPES)}.")
@@ -103,6 +151,35 @@ def check(scores: Tensor, codes: Tensor, code_type: str) -> None:
         raise ValueError(
             f"`scores` is on {scores.device} but `codes` on {codes.device}; move one to the other."
         )
+    if fine_ids is not None or fine_codes is not None:
+        _check_fine(codes, code_type, fine_ids, fine_codes)
+
+
+def _check_fine(
+    codes: Tensor, code_type: str, fine_ids: Tensor | None, fine_codes: Tensor | None
+) -> None:
+    if code_type != "sign":
+        raise ValueError("Second codes (`fine_ids`, `fine_codes`) go with sign codes only.")
+    if fine_ids is None or fine_codes is None:
+        raise ValueError("`fine_ids` and `fine_codes` go together; give both or none.")
+    wanted = (len(fine_ids), codes.shape[1])
+    if fine_ids.dim() != 1 or tuple(fine_codes.shape) != wanted:
+        raise ValueError(
+            f"`fine_ids` has shape {tuple(fine_ids.shape)} and `fine_codes` "
+            f"{tuple(fine_codes.shape)}; with codes of {codes.shape[1]} bytes they must be (F,) "
+            f"and (F, {codes.shape[1]})."
+        )
+    if fine_codes.dtype is not torch.uint8 or fine_ids.is_floating_point():
+        raise TypeError(
+            f"`fine_codes` is {fine_codes.dtype} and `fine_ids` {fine_ids.dtype}; they must be "
+            "uint8 and integers."
+        )
+    for name, tensor in (("fine_ids", fine_ids), ("fine_codes", fine_codes)):
+        if tensor.device != codes.device:
+            raise ValueError(
+                f"`{name}` is on {tensor.device} but `codes` on {codes.device}; move one to the "
+                "other."
+            )
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -113,32 +190,36 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensor, codes, ctx.code_type, *_ = inputs
+    tensor, codes, ctx.code_type, fine_ids, fine_codes, *_ = inputs
     ctx.shape = tensor.shape
-    ctx.save_for_backward(codes)
+    ctx.save_for_backward(codes, fine_ids, fine_codes)
 
 
-def _gradient_of_expand(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (codes,) = ctx.saved_tensors
+def _gradient_of_expand(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, *fine = ctx.saved_tensors
     backward = torch.ops.vqlogits.expand_backward.default
-    return backward(grad, codes, ctx.code_type, ctx.shape), None, None
+    return backward(grad, codes, ctx.code_type, *fine, ctx.shape), *[None] * 4
 
 
-def _gradient_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    (codes,) = ctx.saved_tensors
+def _gradient_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, *fine = ctx.saved_tensors
     # The operation is linear, so the transpose of its transpose is the operation itself.
-    return torch.ops.vqlogits.expand.default(grad, codes, ctx.code_type), None, None, None
+    return torch.ops.vqlogits.expand.default(grad, codes, ctx.code_type, *fine), *[None] * 5
 
 
-def _shape_of_expand(scores: Tensor, codes: Tensor, code_type: str) -> Tensor:
-    check(scores, codes, code_type)
+def _shape_of_expand(
+    scores: Tensor,
+    codes: Tensor,
+    code_type: str,
+    fine_ids: Tensor | None,
+    fine_codes: Tensor | None,
+) -> Tensor:
+    check(scores, codes, code_type, fine_ids, fine_codes)
     return scores.new_empty(scores.shape[0], codes.shape[0])
 
 
-def _shape_of_backward(
-    grad: Tensor, codes: Tensor, code_type: str, shape: tuple[int, ...]
-) -> Tensor:
-    return grad.new_empty(shape)
+def _shape_of_backward(grad: Tensor, *options: Any) -> Tensor:
+    return grad.new_empty(options[-1])
 
 
 for _name, _compute, _shape, _gradient in (

@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from hf_vqlogits.conversion import convert
+
 VOCAB = 400
 
 
@@ -20,6 +22,12 @@ def _offline(monkeypatch):
     """No test may wait for a hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _no_distillation_by_default(monkeypatch):
+    """Only tests that ask for a distillation wait for one."""
+    monkeypatch.setattr(convert, "DISTILL_STEPS", 0)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ def test_default_output_is_the_models_name(tiny_folder, text_file, tmp_path, mon
     assert os.listdir(tmp_path) == ["tiny-vq"]
     printed = capsys.readouterr().out
     assert "perplexity" in printed
-    assert "16 bits a token" in printed
+    assert "sign, R = 16, twice for 40 tokens" in printed
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_json_is_the_report_and_nothing_else(tiny_folder, text_file, tmp_path, m
     options = ("--model", tiny_folder, "--calibration-data", text_file, "--bits", 16, "--json")
     assert run(tmp_path, monkeypatch, *options) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["bits_per_token"] == 16
+    assert report["num_codebooks"] == 16
     assert report == json.loads((tmp_path / "tiny-vq" / "vq_report.json").read_text())
 
 
@@ -230,7 +230,7 @@ def test_overwriting_through_a_link(tiny_folder, text_file, tmp_path, monkeypatc
     assert run(tmp_path, monkeypatch, *base, "--bits", 16, "--overwrite") == 0
     assert sorted(os.listdir(tmp_path)) == ["link", "real"]
     assert (tmp_path / "link").is_symlink()
-    assert json.loads((tmp_path / "real" / "vq_report.json").read_text())["bits_per_token"] == 16
+    assert json.loads((tmp_path / "real" / "vq_report.json").read_text())["num_codebooks"] == 16
 
 
 def test_option_names_are_the_keywords_of_the_call():

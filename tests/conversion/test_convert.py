@@ -17,6 +17,7 @@ from hf_vqlogits.conversion import (
     convert,
     convert_to_vq,
     corpus,
+    distillation,
 )
 from hf_vqlogits.conversion.assessment import assess
 from hf_vqlogits.conversion.cli import main, parser
@@ -61,12 +62,15 @@ def test_report_counts_parameters_and_bytes(converted):
     head = {k.removeprefix("lm_head."): v for k, v in tensors.items() if k.startswith("lm_head.")}
     floats = head["codebook"].numel() + head["codebook_bias"].numel()
     assert converted.head_after["parameters"] == floats
-    assert converted.head_after["codes_bytes"] == head["codes"].numel()
-    assert converted.head_after["bytes"] == 4 * floats + head["codes"].numel()
+    codes = sum(head[name].nbytes for name in ("codes", "fine_codes", "fine_ids"))
+    assert converted.head_after["codes_bytes"] == codes
+    assert converted.head_after["bytes"] == 4 * floats + codes
     assert converted.head_before == {"parameters": 400 * 32, "bytes": 400 * 32 * 4}
     assert converted.param_reduction == pytest.approx(1 - floats / (400 * 32))
     assert converted.param_reduction >= 0.9
-    assert converted.bits_per_token == converted.num_codebooks == head["codebook"].shape[0]
+    assert converted.num_codebooks == head["codebook"].shape[0]
+    assert converted.num_fine_tokens == len(head["fine_ids"]) == 40
+    assert converted.bits_per_token == converted.num_codebooks * (1 + 40 / 400)
     assert converted.model_bytes["after"] == sum(t.numel() * t.itemsize for t in tensors.values())
 
 
@@ -83,7 +87,7 @@ def test_output_holds_report_card_and_plot(converted, tiny_folder):
     assert stored == json.loads(converted.to_json())
     card = open(f"{converted.output}/README.md").read()
     assert "vq_report.png" in card
-    assert f"{converted.bits_per_token} bits a token" in card
+    assert f"{converted.bits_per_token:.0f} bits a token" in card
     assert os.path.getsize(f"{converted.output}/vq_report.png") > 5_000
 
 
@@ -101,17 +105,21 @@ def test_card_and_report_name_no_local_folder(converted, tiny_folder, text_file)
 
 def test_ladder_grows_better_with_size(converted):
     rungs = converted.ladder
-    assert [rung.bits_per_token for rung in rungs] == [1, 3, 7, 15]
+    bits = [1, 3, 7, 15]  # and again for a tenth of the tokens
+    assert [rung.bits_per_token for rung in rungs] == pytest.approx([1.1 * b for b in bits])
     worse_first = [rung.perplexity for rung in rungs]
     assert worse_first == sorted(worse_first, reverse=True)
     assert rungs[-1].perplexity > converted.perplexity["after"]  # of more bits
-    for rung, least in zip(rungs, (0.995, 0.99, 0.98, 0.96), strict=True):
+    for rung, codebooks, least in zip(rungs, bits, (0.995, 0.99, 0.98, 0.96), strict=True):
         config = VQLogitsConfig(
-            text_config=converted.model.config.text_config, num_codebooks=rung.bits_per_token
+            text_config=converted.model.config.text_config,
+            num_codebooks=codebooks,
+            num_fine_tokens=40,
         )
         head = VQLogitsHead(config)
         floats = (head.codebook, head.codebook_bias)
-        assert rung.bytes == sum(t.nbytes for t in (head.codes, *floats))
+        codes = (head.codes, head.fine_codes, head.fine_ids)
+        assert rung.bytes == sum(t.nbytes for t in (*codes, *floats))
         assert rung.param_reduction == 1 - sum(t.numel() for t in floats) / (400 * 32) >= least
         assert rung.bits_per_weight == rung.bits_per_token / 32
         assert rung.perplexity_factor == rung.perplexity / converted.perplexity["before"]
@@ -217,6 +225,44 @@ def test_distillation_lowers_the_divergence(tiny_folder, text_file):
     assert done["kl_after"] < done["kl_before"]
 
 
+@pytest.mark.parametrize(("method", "steps"), [("signs", 12), ("residual", 0)])
+def test_signs_are_distilled_by_default(method, steps, tiny_folder, text_file, monkeypatch):
+    monkeypatch.setattr(convert, "DISTILL_STEPS", 12)
+    report = convert_to_vq(
+        tiny_folder, method=method, param_reduction=0.8, calibration_data=str(text_file)
+    )
+    assert report.fit.get("distillation", {"steps": 0})["steps"] == steps
+
+
+def test_too_little_text_for_the_default_distillation(tiny_folder, monkeypatch):
+    monkeypatch.setattr(convert, "DISTILL_STEPS", 12)
+    report = convert_to_vq(tiny_folder, bits=8, calibration_data="self", calibration_tokens=500)
+    assert "distillation" not in report.fit
+    assert any("too little calibration text for a distillation" in note for note in report.notes)
+
+
+def test_an_interrupted_conversion_goes_on(tiny_folder, text_file, tmp_path, monkeypatch):
+    options = {"bits": 12, "calibration_data": str(text_file), "distill_steps": 20}
+    whole = convert_to_vq(tiny_folder, **options)
+    options["distill_state"] = tmp_path / "state"
+    save = distillation.save_state
+
+    def interrupt(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distillation, "save_state", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        convert_to_vq(tiny_folder, **options)
+    assert (tmp_path / "state").exists()
+    monkeypatch.setattr(distillation, "save_state", save)
+    again = convert_to_vq(tiny_folder, **options)
+    assert not (tmp_path / "state").exists()
+    for name, tensor in whole.model.lm_head.state_dict().items():
+        assert torch.equal(again.model.lm_head.state_dict()[name], tensor)
+    assert again.fit["distillation"] == whole.fit["distillation"]
+
+
 def test_the_ladder_shows_the_fit_alone(tiny_folder, text_file):
     options = {"param_reduction": 0.98, "calibration_data": str(text_file), "ladder": True}
     fitted = convert_to_vq(tiny_folder, **options)
@@ -233,7 +279,7 @@ def test_a_vocabulary_too_small_for_the_ladder(tmp_path):
     config = GPT2Config(vocab_size=65, n_embd=32, n_layer=1, n_head=2, n_positions=64)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     options = {"bits": 8, "calibration_data": "self", "calibration_tokens": 200}
-    assert convert_to_vq(tmp_path, **options).bits_per_token == 8
+    assert convert_to_vq(tmp_path, **options).num_codebooks == 8
     with pytest.raises(ConversionError, match="`ladder` compares 0.995, .* V = 65 .* without it"):
         convert_to_vq(tmp_path, ladder=True, **options)
 
@@ -263,10 +309,8 @@ def test_room_is_checked_for_the_whole_output(
     head = report.model.lm_head
     shape = (report.vocab_size, report.hidden_size, head.codebook.element_size())
     stored = sum(t.nbytes for t in head.state_dict().values())
-    assert (
-        HeadSize(report.code_type, report.num_codebooks, report.codebook_size).stored_bytes(*shape)
-        == stored
-    )
+    counts = report.num_codebooks, report.codebook_size, report.num_fine_tokens
+    assert HeadSize(report.code_type, *counts).stored_bytes(*shape) == stored
 
 
 def test_without_room_nothing_is_computed(tiny_folder, text_file, tmp_path, monkeypatch):
@@ -368,6 +412,11 @@ def test_push_to_hub_uploads_the_output_folder(tiny_folder, text_file, tmp_path,
         ({"method": "kmeans", "ladder": True}, "`ladder` compares sign codes"),
         ({"push_to_hub": "a/b"}, "give `output` as well"),
         ({"calibration_tokens": 0}, "`calibration_tokens` must be at least 1, got 0"),
+        (
+            {"distill_steps": 0, "distill_state": "state"},
+            "keeps a distillation, but `distill_steps` is 0",
+        ),
+        ({"distill_state": "missing/state"}, "must name a file in a folder that can be written"),
         ({"distill_steps": -1}, "`distill_steps` must be at least 0, got -1"),
         ({"calibration_tokens": 20}, "20 is less than a row .* at least 65 tokens are needed"),
         ({"calibration_data": "/nowhere/text.txt"}, "/nowhere/text.txt"),

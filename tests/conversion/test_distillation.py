@@ -3,61 +3,196 @@ import torch
 from transformers import GPT2Config, GPT2Model
 
 from hf_vqlogits import VQLogitsConfig, VQLogitsHead
-from hf_vqlogits.conversion.distillation import distill, held_out_kl
+from hf_vqlogits.conversion import distillation
+from hf_vqlogits.conversion.calibration import StatisticsAccumulator
+from hf_vqlogits.conversion.distillation import distill, divergence, held_out_kl, long_enough
+from hf_vqlogits.conversion.distillation_state import check_state_file
 from hf_vqlogits.conversion.errors import ConversionError
+from hf_vqlogits.conversion.metric import token_metric
+from hf_vqlogits.conversion.streaming import KeptStates
+
+V, D, R = 60, 16, 24
+
+
+class Setting:
+    """A random head, far from the dense layer that is its teacher."""
+
+    def __init__(self, code_type="sign"):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=V, n_embd=D, n_layer=1, n_head=2, n_positions=32)
+        self.backbone = GPT2Model(config).eval()
+        fields = {"num_codebooks": R} if code_type == "sign" else {"num_codebooks": 6}
+        size = 2 if code_type == "sign" else 5
+        self.head = VQLogitsHead(
+            VQLogitsConfig(text_config=config, code_type=code_type, codebook_size=size, **fields)
+        )
+        self.weight = torch.randn(V, D)
+        self.blocks = torch.randint(0, V, (400, 17))
+        self.states = KeptStates(self.backbone, self.blocks)
+        accumulator = StatisticsAccumulator(self.weight)
+        for hidden in self.states(torch.arange(400)):
+            accumulator.update(hidden)
+        self.metric = token_metric(self.weight, accumulator.finish())
+
+    def teacher(self, hidden):
+        return hidden @ self.weight.T
+
+    def distill(self, steps=20, **options):
+        return distill(self.head, self.states, teacher=self.teacher, steps=steps, **options)
 
 
 @pytest.fixture
-def setting():
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-    backbone = GPT2Model(config).eval()
-    head = VQLogitsHead(VQLogitsConfig(text_config=config, num_codebooks=24))
-    weight = torch.randn(60, 16)
-    return head, backbone, (lambda h: h @ weight.T), torch.randint(0, 60, (300, 17))
+def setting(monkeypatch):
+    monkeypatch.setattr(distillation, "CODE_STEPS", 4)
+    return Setting()
 
 
-def test_divergence_falls_and_the_body_and_codes_stay(setting):
-    head, backbone, teacher, blocks = setting
-    codes = head.codes.clone()
-    body = {k: v.clone() for k, v in backbone.state_dict().items()}
-    done = distill(head, backbone, teacher=teacher, blocks=blocks, steps=40, learning_rate=0.1)
+@pytest.mark.parametrize("code_type", ["sign", "index"])
+def test_divergence_falls_and_the_body_stays(code_type, monkeypatch):
+    monkeypatch.setattr(distillation, "CODE_STEPS", 4)
+    setting = Setting(code_type)
+    body = {k: v.clone() for k, v in setting.backbone.state_dict().items()}
+    codes = setting.head.codes.clone()
+    done = setting.distill(40, metric=setting.metric, learning_rate=0.1)
     assert done.kl_after < 0.9 * done.kl_before
-    assert torch.equal(head.codes, codes)
-    assert all(torch.equal(v, body[k]) for k, v in backbone.state_dict().items())
+    assert done.steps == 40
+    assert done.stopped is None
+    assert torch.equal(setting.head.codes, codes) == (code_type == "index")
+    assert all(torch.equal(v, body[k]) for k, v in setting.backbone.state_dict().items())
+    setting.head.check_codes()
 
 
-def test_the_best_head_is_kept_when_training_diverges(setting):
-    head, backbone, teacher, blocks = setting
-    done = distill(head, backbone, teacher=teacher, blocks=blocks, steps=5, learning_rate=1e4)
+def test_codes_stay_without_a_metric(setting):
+    codes = setting.head.codes.clone()
+    done = setting.distill(40, learning_rate=0.1)
+    assert done.kl_after < 0.9 * done.kl_before
+    assert torch.equal(setting.head.codes, codes)
+
+
+def test_what_is_told_is_the_divergence_of_the_head_that_is_kept(setting):
+    told = []
+    done = setting.distill(
+        40, metric=setting.metric, notify=lambda made, kl: told.append((made, kl))
+    )
+    assert told == done.history
+    assert done.kl_before == told[0][1]
+    assert done.kl_after == min(kl for _, kl in told)
+    held, _ = distillation._split(setting.blocks, 40, 0)
+    kept = held_out_kl(setting.head, setting.states(held), setting.teacher)
+    assert kept == pytest.approx(done.kl_after, rel=1e-3)
+
+
+def test_training_that_diverges_stops_with_the_best_head(setting):
+    done = setting.distill(20, learning_rate=1e4)
+    assert done.stopped is not None
+    assert done.stopped.startswith("the divergence rose from")
+    assert done.steps < 20
     assert done.kl_after <= done.kl_before
-    held = blocks[-60:]
-    assert held_out_kl(head, backbone, teacher, held) == pytest.approx(done.kl_after, rel=1e-3)
+
+
+def test_codes_that_make_it_worse_are_taken_back(setting, monkeypatch):
+    setting.distill(60, metric=setting.metric, learning_rate=0.1)
+    codes = setting.head.codes.clone()
+    damping = []
+
+    def spoil(head, metric, slope, value):
+        damping.append(value)
+        head.codes[:, 0] ^= 255
+
+    monkeypatch.setattr(distillation, "move_codes", spoil)
+    setting.distill(40, metric=setting.metric, learning_rate=1e-9)
+    assert torch.equal(setting.head.codes, codes)
+    assert damping == [4, 8, 16, 32]
 
 
 def test_the_same_seed_gives_the_same_head(setting):
-    head, backbone, teacher, blocks = setting
-    start = {k: v.clone() for k, v in head.state_dict().items()}
+    start = {k: v.clone() for k, v in setting.head.state_dict().items()}
     results = []
-    for _ in range(2):
-        head.load_state_dict(start)
-        distill(head, backbone, teacher=teacher, blocks=blocks, steps=5, seed=7)
-        results.append(head.codebook.detach().clone())
-    assert torch.equal(*results)
+    for seed in (7, 7, 8):
+        setting.head.load_state_dict(start)
+        setting.distill(10, metric=setting.metric, seed=seed)
+        results.append({k: v.clone() for k, v in setting.head.state_dict().items()})
+    assert all(torch.equal(results[0][k], results[1][k]) for k in start)
+    assert not torch.equal(results[0]["codebook"], results[2]["codebook"])
+
+
+class Interrupt(Exception):
+    """Raised in the place of Ctrl-C."""
+
+
+@pytest.mark.parametrize("after", [0, 8, 16, 18, 20])
+def test_an_interrupted_run_goes_on_to_the_same_head(setting, tmp_path, after):
+    start = {k: v.clone() for k, v in setting.head.state_dict().items()}
+    whole = setting.distill(20, metric=setting.metric)
+    wanted = {k: v.clone() for k, v in setting.head.state_dict().items()}
+
+    setting.head.load_state_dict(start)
+    options = {"metric": setting.metric, "state_file": tmp_path / "state"}
+
+    def interrupt(made, kl):
+        if made >= after:
+            raise Interrupt
+
+    with pytest.raises(Interrupt, match="^$"):
+        setting.distill(20, notify=interrupt, **options)
+    setting.head.load_state_dict(start)  # a new process fits the same head again
+    again = setting.distill(20, **options)
+    assert again == whole
+    assert all(torch.equal(setting.head.state_dict()[k], wanted[k]) for k in wanted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_state_of_another_run_is_refused(setting, tmp_path):
+    file = tmp_path / "state"
+
+    def interrupt(made, kl):
+        if made:
+            raise Interrupt
+
+    start = {k: v.clone() for k, v in setting.head.state_dict().items()}
+    with pytest.raises(Interrupt, match="^$"):
+        setting.distill(20, state_file=file, metric=setting.metric, notify=interrupt)
+    setting.head.load_state_dict(start)
+    with pytest.raises(Interrupt, match="^$"):
+        setting.distill(
+            20,
+            state_file=file,
+            metric=setting.metric,
+            notify=lambda made, kl: interrupt(made - 8, kl) if made > 8 else None,
+        )
+    setting.head.load_state_dict(start)
+    with pytest.raises(ConversionError, match="is of another distillation"):
+        setting.distill(21, state_file=file, metric=setting.metric)
+    file.write_bytes(b"something else")
+    with pytest.raises(ConversionError, match="holds no state of a distillation"):
+        setting.distill(20, state_file=file, metric=setting.metric)
+    assert file.read_bytes() == b"something else"
 
 
 def test_divergence_against_a_float64_reference(setting):
-    head, backbone, teacher, blocks = setting
-    with torch.no_grad():
-        hidden = backbone(blocks[:3, :-1]).last_hidden_state.float().flatten(0, 1)
-    weight, bias = (t.double() for t in head.to_linear())
-    p = torch.log_softmax(teacher(hidden).double(), -1)
+    hidden = torch.cat(list(setting.states(torch.arange(3))))
+    weight, bias = (t.double() for t in setting.head.to_linear())
+    p = torch.log_softmax(setting.teacher(hidden).double(), -1)
     q = torch.log_softmax(hidden.double() @ weight.T + bias, -1)
     expected = (p.exp() * (p - q)).sum(-1).mean().item()
-    assert held_out_kl(head, backbone, teacher, blocks[:3]) == pytest.approx(expected, rel=1e-3)
+    found = held_out_kl(setting.head, setting.states(torch.arange(3)), setting.teacher)
+    assert found == pytest.approx(expected, rel=1e-3)
+    same = divergence(setting.teacher(hidden), setting.teacher(hidden))
+    assert float(same) == pytest.approx(0, abs=1e-3)
 
 
 def test_too_little_text(setting):
-    head, backbone, teacher, blocks = setting
-    with pytest.raises(ConversionError, match=r"needs at least 1,105 tokens .* there are 170"):
-        distill(head, backbone, teacher=teacher, blocks=blocks[:10], steps=1)
+    setting.states = KeptStates(setting.backbone, setting.blocks[:10])
+    assert not long_enough(setting.blocks[:10])
+    assert long_enough(setting.blocks[:79])
+    assert not long_enough(setting.blocks[:78])
+    with pytest.raises(ConversionError, match=r"needs at least 1,343 tokens .* there are 170"):
+        setting.distill(1)
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_a_state_file_that_cannot_be(tmp_path, steps):
+    place = tmp_path / "missing" / "state" if steps else tmp_path / "state"
+    message = "must name a file in a folder" if steps else "but `distill_steps` is 0"
+    with pytest.raises(ConversionError, match=message):
+        check_state_file(place, steps)

@@ -27,6 +27,7 @@ def report():
         hidden_size=768,
         num_codebooks=1_003,
         codebook_size=2,
+        num_fine_tokens=0,
         bits_per_token=1_003,
         bits_per_weight=1.306,
         param_reduction=0.98,
@@ -188,11 +189,12 @@ def test_card_tells_of_training(report):
     card = model_card(report)
     assert "without training." in card
     assert "distillation" not in card
-    report.fit["distillation"] = {"steps": 1_200, "kl_before": 0.12345, "kl_after": 0.05}
+    done = {"steps": 1_200, "kl_before": 0.12345, "kl_after": 0.05, "stopped": None}
+    report.fit["distillation"] = done
     told = "1,200 steps; divergence from the dense layer 0.123 -> 0.05 nats a token"
     card = model_card(report)
     assert "without training" not in card
-    assert f"its codebook trained by distillation ({told}" in card
+    assert f"the output layer alone trained by distillation ({told}" in card
     assert f"- distillation: {told}" in card
     assert told in printed(report, 200)
 

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_vqlogits.conversion import sign_codebook, sign_greedy, signs
 from hf_vqlogits.conversion.calibration import StatisticsAccumulator
+from hf_vqlogits.conversion.metric import token_metric
 from hf_vqlogits.conversion.signs import SignFitter, fit_signs
 from hf_vqlogits.ops import unpack_signs
 
@@ -25,9 +26,17 @@ class LargestFloats(TorchDispatchMode):
         return result
 
 
+def levels(fit):
+    """What multiplies the codewords, (V, R)."""
+    bits = len(fit.codebook)
+    signs = unpack_signs(fit.codes, bits)
+    if fit.fine_ids is not None:
+        signs[fit.fine_ids.long()] += unpack_signs(fit.fine_codes, bits) / 2
+    return signs
+
+
 def logits(fit, hidden):
-    signs = unpack_signs(fit.codes, len(fit.codebook))
-    return (hidden @ fit.codebook.T + fit.codebook_bias) @ signs.T
+    return (hidden @ fit.codebook.T + fit.codebook_bias) @ levels(fit).T
 
 
 def divergence(fit, weight, bias, hidden):
@@ -45,6 +54,34 @@ def test_more_bits_come_closer_to_the_dense_layer():
     assert found[2] < 0.01
 
 
+def test_second_codes_are_of_the_tokens_that_count_most():
+    weight, bias, statistics = problem(vocab=200, size=12)
+    importance = token_metric(weight, statistics, bias=bias).weight
+    fit = fit_signs(weight, statistics, bias=bias, num_codebooks=13, num_fine_tokens=20)
+    assert fit.fine_ids.dtype == torch.int32
+    assert sorted(fit.fine_ids.tolist()) == fit.fine_ids.tolist()
+    assert set(fit.fine_ids.tolist()) == set(importance.topk(20).indices.tolist())
+    assert fit.fine_codes.shape == (20, 2)
+    assert not (fit.fine_codes[:, 1] >> 5).any()  # padding
+
+
+def test_second_codes_come_closer_to_the_dense_layer():
+    weight, bias, statistics = problem(vocab=200, size=12)
+    hidden = hidden_states(300, 12, seed=9)
+    found = []
+    for fine in (0, 40, 200):
+        fit = fit_signs(weight, statistics, bias=bias, num_codebooks=24, num_fine_tokens=fine)
+        found.append(divergence(fit, weight, bias, hidden))
+    assert found[0] > 1.2 * found[1] > 1.2**2 * found[2]
+
+
+@pytest.mark.parametrize("fine", [-1, 51])
+def test_second_codes_of_more_tokens_than_there_are(fine):
+    weight, bias, statistics = problem(vocab=50, size=6)
+    with pytest.raises(ValueError, match=f"must lie between 0 and 50, got {fine}"):
+        fit_signs(weight, statistics, bias=bias, num_codebooks=3, num_fine_tokens=fine)
+
+
 def test_formats_and_details():
     weight, bias, statistics = problem(vocab=50, size=6)
     fit = fit_signs(weight.bfloat16(), statistics, bias=bias, num_codebooks=11)
@@ -58,13 +95,13 @@ def test_formats_and_details():
     assert set(fit.details["seconds"]) == {"greedy", "codebook", "search"}
 
 
-def test_error_is_the_one_of_the_logits():
+@pytest.mark.parametrize("fine", [0, 9, 50])
+def test_error_is_the_one_of_the_logits(fine):
     """The product form on raw hidden states has the error that the fit reports."""
     weight, bias, statistics = problem(vocab=50, size=6)
-    fitter = SignFitter(weight, statistics, bias=bias)
-    fit = fitter.fit(11)
-    metric = fitter._metric
-    signs = unpack_signs(fit.codes, 11)
+    fit = SignFitter(weight, statistics, bias=bias).fit(11, fine)
+    metric = token_metric(weight, statistics, bias=bias)
+    signs = levels(fit)
     vectors, offsets = signs @ fit.codebook, signs @ fit.codebook_bias
     # Back to whitened coordinates.
     whitened = torch.cat(

@@ -16,7 +16,13 @@ SMOLLM2 = {"vocab_size": 49_152, "hidden_size": 576}
 
 @pytest.mark.parametrize(("reduction", "bits"), [(0.995, 245), (0.99, 490), (0.98, 981)])
 def test_sign_sizes_of_smollm2(reduction, bits):
-    assert choose_size("signs", param_reduction=reduction, **SMOLLM2) == HeadSize("sign", bits, 2)
+    size = choose_size("signs", param_reduction=reduction, **SMOLLM2)
+    assert size == HeadSize("sign", bits, 2, num_fine_tokens=4_915)
+
+
+@pytest.mark.parametrize(("share", "tokens"), [(0.0, 0), (0.25, 12_288), (1.0, 49_152)])
+def test_share_of_tokens_with_a_second_code(share, tokens):
+    assert choose_size("signs", fine_share=share, **SMOLLM2).num_fine_tokens == tokens
 
 
 def test_default_keeps_two_per_cent():
@@ -39,9 +45,9 @@ def test_reduction_is_reached_and_nearly_used_up(method, reduction, vocab_size, 
     except ConversionError as error:
         refusal = str(error)
     if "larger than the dense layer" in refusal:
-        code = {"signs": codewords / 8 + 1, "residual": codewords / 4 + 1}.get(method, 4)
+        code = {"signs": 1.1 * (codewords / 8 + 1) + 0.4, "residual": codewords / 4 + 1}
         floats = codewords * (hidden_size + 1) + 2 * hidden_size
-        assert vocab_size * code + 4 * floats > 4 * dense
+        assert vocab_size * code.get(method, 4) + 4 * floats > 4 * dense
         return
     if refusal:
         assert (1 - reduction) * dense < hidden_size + 2
@@ -92,6 +98,10 @@ def test_index_sizes():
         ("signs", {"bits": 5, "bits_per_weight": 0.9}, "both choose the size"),
         ("signs", {"num_codebooks": 5}, "`num_codebooks` does not apply to method 'signs'"),
         ("signs", {"codebook_size": 5}, "`codebook_size` does not apply"),
+        ("signs", {"fine_share": 1.1}, "`fine_share` must lie between 0 and 1, got 1.1"),
+        ("signs", {"fine_share": -0.1}, "`fine_share` must lie between 0 and 1, got -0.1"),
+        ("signs", {"fine_share": float("nan")}, "`fine_share` must lie between 0 and 1, got nan"),
+        ("residual", {"fine_share": 0.1}, "second codes go with 'signs'"),
         ("kmeans", {"bits": 5}, "`bits` does not apply to method 'kmeans'"),
         ("kmeans", {"num_codebooks": 2}, "has one codebook, but `num_codebooks` is 2"),
         ("kmeans", {"codebook_size": 49_153}, "larger than the vocabulary 49152"),
@@ -119,7 +129,7 @@ def test_bad_sizes_are_refused(method, options, message):
             "signs",
             {"param_reduction": 0.1},
             r"^`param_reduction` 0.1 makes codes of more than 32 bits a weight at hidden size 768: "
-            r"the head would be larger than the dense layer \(42\d,\d{3},\d{3} bytes against "
+            r"the head would be larger than the dense layer \(45\d,\d{3},\d{3} bytes against "
             r"154,389,504 in float32\)",
         ),
         ("signs", {"param_reduction": 0.6}, "0.6 makes codes and 20076 codewords at hidden"),

@@ -11,10 +11,19 @@ def sign_matrix(codes: Tensor, num_codebooks: int) -> Tensor:
     return 2.0 * bits.double() - 1.0
 
 
-def logits(scores: Tensor, codes: Tensor, code_type: str) -> Tensor:
+def logits(
+    scores: Tensor,
+    codes: Tensor,
+    code_type: str,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
+) -> Tensor:
     exact = scores.double()
     if code_type == "sign":
-        return torch.einsum("nr,vr->nv", exact, sign_matrix(codes, scores.shape[1]))
+        signs = sign_matrix(codes, scores.shape[1])
+        for row, token in enumerate([] if fine_ids is None else fine_ids.tolist()):
+            signs[token] += sign_matrix(fine_codes[row : row + 1], scores.shape[1])[0] / 2
+        return torch.einsum("nr,vr->nv", exact, signs)
     terms = [exact[:, g][:, codes[:, g].long()] for g in range(codes.shape[1])]
     return torch.stack(terms).sum(0)
 

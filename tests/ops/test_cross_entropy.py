@@ -12,6 +12,11 @@ CODES = {
     "sign": references.random_sign_codes(VOCABULARY, 13),
     "index": references.random_index_codes(VOCABULARY, 3, 5),
     "one codebook": references.random_index_codes(VOCABULARY, 1, 11),
+    "fine": references.random_sign_codes(VOCABULARY, 13),
+}
+FINE = {
+    "fine_ids": torch.tensor([96, 0, 41, 5, 60], dtype=torch.int32),
+    "fine_codes": references.random_sign_codes(5, 13, seed=1),
 }
 each_kind = pytest.mark.parametrize("kind", CODES)
 IGNORED = -7
@@ -20,7 +25,7 @@ IGNORED = -7
 def make_problem(kind, dtype=torch.float64, rows=9, seed=0):
     """Hidden states, labels of which two are ignored, and the tensors of a head."""
     torch.manual_seed(seed)
-    shape = {"sign": (13,), "index": (3, 5), "one codebook": (1, 11)}[kind]
+    shape = {"sign": (13,), "fine": (13,), "index": (3, 5), "one codebook": (1, 11)}[kind]
     codes = CODES[kind]
     if kind == "one codebook":
         codes = torch.where(codes == 4, 5, codes).to(torch.uint8)  # codeword 4 is of no token
@@ -30,7 +35,8 @@ def make_problem(kind, dtype=torch.float64, rows=9, seed=0):
         "codebook": torch.randn(*shape, HIDDEN, dtype=dtype, requires_grad=True),
         "codebook_bias": torch.randn(*shape, dtype=dtype, requires_grad=True),
         "codes": codes,
-        "code_type": "sign" if kind == "sign" else "index",
+        "code_type": "sign" if kind in ("sign", "fine") else "index",
+        **(FINE if kind == "fine" else {}),
         "ignore_index": IGNORED,
     }
     return torch.randn(rows, HIDDEN, dtype=dtype, requires_grad=True), labels, head
@@ -43,10 +49,16 @@ def dense_loss(hidden, labels, head, *, scale=1.0, cap=None, **options):
         tensor.requires_grad_()
     exact_hidden = hidden.detach().double().requires_grad_()
     scores = torch.einsum("nd,...d->n...", exact_hidden, exact["codebook"]) + exact["codebook_bias"]
-    z = scale * references.logits(scores, head["codes"], head["code_type"])
+    z = scale * references.logits(scores, **codes_of(head))
     z = z if cap is None else cap * torch.tanh(z / cap)
     loss = functional.cross_entropy(z, labels, ignore_index=IGNORED, **options)
     return loss, (exact_hidden, *exact.values())
+
+
+def codes_of(head):
+    """The codes, as the operations take them."""
+    names = ("codes", "code_type", "fine_ids", "fine_codes")
+    return {name: head.get(name) for name in names}
 
 
 def chunked_loss(hidden, labels, head, *, scale=1.0, cap=None, **options):
@@ -125,7 +137,7 @@ def test_autocast_rounds_the_scores_and_nothing_else(kind, monkeypatch):
         rounded = functional.linear(*inputs).detach()
     assert got.dtype == torch.float32
     scores = rounded.double().view(-1, *head["codebook_bias"].shape)
-    z = references.logits(scores, head["codes"], head["code_type"])
+    z = references.logits(scores, **codes_of(head))
     want = functional.cross_entropy(z, labels, ignore_index=IGNORED, **options)
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
     got.sum().backward()
@@ -167,14 +179,10 @@ def test_ignored_rows_are_not_computed(kind, monkeypatch):
 def test_evaluation_keeps_no_gradient(kind):
     hidden, labels, head = make_problem(kind)
     scores = torch.randn(9, *head["codebook_bias"].shape)
-    arguments = (head["code_type"], IGNORED, 0.0, 1.0, None, None)
-    losses, gradient = cross_entropy.compute_cross_entropy(
-        scores, head["codes"], labels, *arguments, False
-    )
+    arguments = (scores, *codes_of(head).values(), labels, IGNORED, 0.0, 1.0, None, None)
+    losses, gradient = cross_entropy.compute_cross_entropy(*arguments, False)
     assert gradient.numel() == 0
-    again, gradient = cross_entropy.compute_cross_entropy(
-        scores, head["codes"], labels, *arguments, True
-    )
+    again, gradient = cross_entropy.compute_cross_entropy(*arguments, True)
     assert gradient.shape == scores.shape
     assert torch.equal(losses, again)
     with torch.no_grad():
@@ -192,7 +200,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(kind, cap):
     labels = torch.randint(0, vocabulary, (rows,))
     with LargestTensor() as largest:
         cross_entropy.compute_cross_entropy(
-            scores, codes, labels, kind, IGNORED, 0.1, 0.5, cap, chunk, True
+            scores, codes, kind, None, None, labels, IGNORED, 0.1, 0.5, cap, chunk, True
         )
     # The signs of a piece of the vocabulary are the one thing beside chunks of logits.
     assert largest.elements <= max(chunk * vocabulary, 40 * vocabulary)
@@ -203,10 +211,9 @@ def test_one_codebook_needs_no_logits_at_all():
     vocabulary, rows = 3000, 64
     codes = references.random_index_codes(vocabulary, 1, 9)
     labels = torch.randint(0, vocabulary, (rows,))
+    scores, options = torch.randn(rows, 1, 9), (IGNORED, 0.1, 0.5, 3.0, None, True)
     with LargestTensor() as largest:
-        cross_entropy.compute_cross_entropy(
-            torch.randn(rows, 1, 9), codes, labels, "index", IGNORED, 0.1, 0.5, 3.0, None, True
-        )
+        cross_entropy.compute_cross_entropy(scores, codes, "index", None, None, labels, *options)
     assert largest.elements == vocabulary  # the codes themselves, when tokens are counted
 
 
@@ -235,7 +242,7 @@ def test_the_graph_can_be_used_again():
 def test_pytorch_accepts_the_registration(kind):
     _, labels, head = make_problem(kind)
     scores = torch.randn(9, *head["codebook_bias"].shape, dtype=torch.float64, requires_grad=True)
-    arguments = (scores, head["codes"], labels, head["code_type"], IGNORED)
+    arguments = (scores, *codes_of(head).values(), labels, IGNORED)
     options = (0.1, 0.7, 30.0, 5, True)
     torch.library.opcheck(torch.ops.vqlogits.cross_entropy.default, (*arguments, *options))
 
@@ -299,6 +306,6 @@ def test_the_default_chunk_is_bounded_in_bytes(monkeypatch):
     ops.expand(scores, head["codes"], code_type="index")  # the kernel keeps its form of the codes
     with LargestTensor() as largest:
         cross_entropy.compute_cross_entropy(
-            scores, head["codes"], labels, "index", IGNORED, 0.0, 1.0, None, None, False
+            scores, *codes_of(head).values(), labels, IGNORED, 0.0, 1.0, None, None, False
         )
     assert largest.elements < 4 * VOCABULARY

@@ -37,6 +37,28 @@ def test_rows_against_the_table(terms, dtype, error):
     assert (rows.double() - wanted).abs().max() <= error * wanted.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "error"),
+    [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
+)
+def test_rows_with_second_codes_against_the_table(dtype, error):
+    codes, ids, codebook = example(19, dtype)
+    fine_ids = torch.tensor([0, 3, 17, 30, 36], dtype=torch.int32)
+    fine = {"fine_ids": fine_ids, "fine_codes": codes[5:10]}
+    ids = torch.cat([ids.flatten(), fine_ids.long()])
+    rows = ops.gather_rows(codes, ids, codebook, 0.25, **fine)
+    whole = table(codes, codebook, 0.25)
+    whole[fine_ids.long()] += table(codes[5:10], codebook, 0.125)
+    wanted = embedding(ids, whole)
+    assert rows.dtype == dtype
+    assert (rows.double() - wanted).abs().max() <= error * wanted.abs().max()
+    if dtype == torch.float64:
+        codebook.requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda words: ops.gather_rows(codes, ids, words, 0.25, **fine), codebook
+        )
+
+
 def test_large_sums_do_not_overflow_float16():
     codes = ops.pack_signs(torch.ones(2, 64))
     codebook = torch.full((64, 3), 4096.0, dtype=torch.float16)

@@ -5,40 +5,48 @@ import torch
 from hf_vqlogits import ops
 from hf_vqlogits.ops import backends, cpu
 
+SIGN_CODES = references.random_sign_codes(301, 37)
+INDEX_CODES = references.random_index_codes(301, 3, 5)
+FINE_IDS = torch.tensor([18, 0, 7], dtype=torch.int32)
+FINE_CODES = references.random_sign_codes(3, 37, seed=1)
+NO_FINE = {"fine_ids": None, "fine_codes": None}
+FINE = {"fine_ids": FINE_IDS, "fine_codes": FINE_CODES}
 CASES = {
-    "sign": ((4, 37), references.random_sign_codes(301, 37)),
-    "index": ((4, 3, 5), references.random_index_codes(301, 3, 5)),
+    "sign": ((4, 37), {"codes": SIGN_CODES, "code_type": "sign", **NO_FINE}),
+    "fine": ((4, 37), {"codes": SIGN_CODES, "code_type": "sign", **FINE}),
+    "index": ((4, 3, 5), {"codes": INDEX_CODES, "code_type": "index", **NO_FINE}),
 }
-each_case = pytest.mark.parametrize("code_type", CASES)
+each_case = pytest.mark.parametrize("name", CASES)
 FORCED = ("eager", "matmul", *cpu.paths())
 
 
-def case(code_type, dtype=torch.float64):
-    shape, codes = CASES[code_type]
+def case(name, dtype=torch.float64):
+    """Scores, and the codes as the operations take them."""
+    shape, codes = CASES[name]
     return references.random_scores(*shape).to(dtype), codes
 
 
 @each_case
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_pytorch_accepts_the_registration(code_type, requires_grad):
-    scores, codes = case(code_type)
+def test_pytorch_accepts_the_registration(name, requires_grad):
+    scores, codes = case(name)
     scores.requires_grad_(requires_grad)
-    torch.library.opcheck(torch.ops.vqlogits.expand.default, (scores, codes, code_type))
+    torch.library.opcheck(torch.ops.vqlogits.expand.default, (scores, *codes.values()))
     grad = references.random_scores(4, 301).double().requires_grad_(requires_grad)
-    arguments = (grad, codes, code_type, list(scores.shape))
+    arguments = (grad, *codes.values(), list(scores.shape))
     torch.library.opcheck(torch.ops.vqlogits.expand_backward.default, arguments)
 
 
 @each_case
 @pytest.mark.parametrize("backend", ["eager", "matmul"])
-def test_gradients_of_both_orders(code_type, backend, monkeypatch):
+def test_gradients_of_both_orders(name, backend, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, backend)
-    scores, codes = case(code_type)
+    scores, codes = case(name)
     scores.requires_grad_()
-    codes = codes[:20]
+    codes = codes | {"codes": codes["codes"][:20]}
 
     def function(scores):
-        return ops.expand(scores, codes, code_type=code_type).square()
+        return ops.expand(scores, **codes).square()
 
     assert torch.autograd.gradcheck(function, scores)
     assert torch.autograd.gradgradcheck(function, scores)
@@ -46,37 +54,37 @@ def test_gradients_of_both_orders(code_type, backend, monkeypatch):
 
 @each_case
 @pytest.mark.parametrize("backend", FORCED)
-def test_every_backend_gives_the_same_gradient(code_type, backend, monkeypatch):
+def test_every_backend_gives_the_same_gradient(name, backend, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, backend)
-    scores, codes = case(code_type, torch.float32)
+    scores, codes = case(name, torch.float32)
     grad = references.random_scores(4, 301)
     exact = scores.double().requires_grad_()
-    references.logits(exact, codes, code_type).backward(grad.double())
+    references.logits(exact, **codes).backward(grad.double())
     scores.requires_grad_()
-    ops.expand(scores, codes, code_type=code_type).backward(grad)
+    ops.expand(scores, **codes).backward(grad)
     torch.testing.assert_close(scores.grad, exact.grad.float(), atol=1e-4, rtol=1e-4)
 
 
 @each_case
 @pytest.mark.parametrize("backend", FORCED)
-def test_autocast_leaves_the_type_of_the_scores(code_type, backend, monkeypatch):
+def test_autocast_leaves_the_type_of_the_scores(name, backend, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, backend)
-    scores, codes = case(code_type, torch.float32)
-    want = ops.expand(scores, codes, code_type=code_type)
+    scores, codes = case(name, torch.float32)
+    want = ops.expand(scores, **codes)
     with torch.autocast("cpu", torch.bfloat16):
-        got = ops.expand(scores, codes, code_type=code_type)
-        half = ops.expand(scores.bfloat16(), codes, code_type=code_type)
+        got = ops.expand(scores, **codes)
+        half = ops.expand(scores.bfloat16(), **codes)
     assert got.dtype == torch.float32
     assert torch.equal(got, want)
     assert half.dtype == torch.bfloat16
 
 
 @each_case
-def test_compilation_without_graph_breaks(code_type):
-    scores, codes = case(code_type, torch.float32)
+def test_compilation_without_graph_breaks(name):
+    scores, codes = case(name, torch.float32)
 
     def function(scores):
-        return ops.expand(2 * scores, codes, code_type=code_type).relu()
+        return ops.expand(2 * scores, **codes).relu()
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (4, 2, 3):
@@ -89,22 +97,36 @@ def test_compilation_without_graph_breaks(code_type):
 
 
 @each_case
-def test_shapes_without_data(code_type):
-    scores, codes = case(code_type, torch.bfloat16)
-    logits = ops.expand(scores.to("meta"), codes.to("meta"), code_type=code_type)
+def test_shapes_without_data(name):
+    scores, codes = case(name, torch.bfloat16)
+    there = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in codes.items()}
+    logits = ops.expand(scores.to("meta"), **there)
     assert logits.is_meta
     assert logits.shape == (4, 301)
     assert logits.dtype == torch.bfloat16
 
 
 @each_case
-def test_no_rows_and_no_tokens(code_type):
-    scores, codes = case(code_type, torch.float32)
-    assert ops.expand(scores[:0], codes, code_type=code_type).shape == (0, 301)
-    assert ops.expand(scores, codes[:0], code_type=code_type).shape == (4, 0)
+def test_no_rows_and_no_tokens(name):
+    scores, codes = case(name, torch.float32)
+    assert ops.expand(scores[:0], **codes).shape == (0, 301)
+    none = codes | {"codes": codes["codes"][:0]}
+    if name == "fine":
+        none |= {"fine_ids": FINE_IDS[:0], "fine_codes": FINE_CODES[:0]}
+    assert ops.expand(scores, **none).shape == (4, 0)
 
 
-SIGN_CODES, INDEX_CODES = CASES["sign"][1], CASES["index"][1]
+@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_second_codes_are_added_before_the_sum_is_rounded(backend, dtype, monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, backend)
+    scores, codes = case("fine", dtype)
+    logits = ops.expand(scores, **codes)
+    assert logits.dtype == dtype
+    want = references.logits(scores, **codes)
+    table_error = 0.01 * float(want.std()) if backend == "avx512" else 1e-5
+    allowed = table_error + torch.finfo(dtype).eps / 2 * want.abs()
+    assert bool(((logits.double() - want).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize(
@@ -127,3 +149,26 @@ SIGN_CODES, INDEX_CODES = CASES["sign"][1], CASES["index"][1]
 def test_wrong_arguments_are_refused(scores, codes, code_type, error, message):
     with pytest.raises(error, match=message):
         ops.expand(scores, codes, code_type=code_type)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"fine_ids": None}, ValueError, "go together; give both or none"),
+        ({"fine_codes": FINE_CODES[:2]}, ValueError, r"must be \(F,\) and \(F, 5\)"),
+        ({"fine_ids": FINE_IDS[:, None]}, ValueError, r"`fine_ids` has shape \(3, 1\)"),
+        ({"fine_codes": FINE_CODES.int()}, TypeError, "`fine_codes` is torch.int32"),
+        ({"fine_ids": FINE_IDS.float()}, TypeError, "`fine_ids` torch.float32"),
+        ({"fine_codes": FINE_CODES.to("meta")}, ValueError, "`fine_codes` is on meta but `codes`"),
+    ],
+)
+def test_wrong_second_codes_are_refused(changed, error, message):
+    scores, codes = case("fine")
+    with pytest.raises(error, match=message):
+        ops.expand(scores, **codes | changed)
+
+
+def test_index_codes_have_no_second_codes():
+    scores, codes = case("index")
+    with pytest.raises(ValueError, match="go with sign codes only"):
+        ops.expand(scores, **codes | FINE)

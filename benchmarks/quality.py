@@ -1,0 +1,211 @@
+"""Perplexity against bytes of the output layer: this package's heads beside their peers, one run.
+
+    python -m benchmarks.quality --output benchmarks/results/quality.json
+
+Writes the results, a plot beside them, and prints a table. Everything is fitted to the same text
+with the same statistics, made once, and judged on the same text by the project's protocol; no head
+is trained. `benchmarks/peers/catalogue.py` lists the peers and settings.
+
+How they are made comparable:
+- Bytes are all that the output layer needs in a file: codes without gaps, scales, zero points,
+  biases, codewords. Scales are counted, and used, in the type in which the peer stores them.
+- Codewords and factors of low rank are in bfloat16, rounded before they are judged. Ours in
+  float32, as the converter writes them from a float32 model, are rows of their own; the plot shows
+  those in bfloat16.
+- Every layer is judged by the dense float32 matrix (and bias) that its bytes decode to: no
+  activations are rounded, no kernel's rounding counts, neither ours nor a peer's.
+- The head of SmolLM2 comes from a file in Q8_0 (integers of 8 bits in blocks of 32 with a float16
+  scale): 8-bit peers in blocks of 32 would be lossless by construction, for 1.0625 bytes a weight.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_vqlogits.conversion.environment import machine, versions
+from hf_vqlogits.conversion.metric import token_metric
+from hf_vqlogits.conversion.quantise import Quantiser
+
+from .peers.catalogue import FAMILIES, OURS
+from .peers.layer import Compressed, Layer, UnavailableError
+from .protocol import MODELS, Case, factor, load_case
+from .quality_plot import plot
+from .rate_distortion import compare, sources
+
+TOGETHER = 16  # layers judged in one pass over the text: 113 MB each for SmolLM2
+NOTES = [
+    "The head of smollm2 comes from Q8_0: 8-bit peers in blocks of 32 are lossless by "
+    "construction.",
+    "Index codes (k-means, G = 1, too) are counted in bits without gaps, less than their file "
+    "takes.",
+    "Codewords are in bfloat16, and so judged, but in the rows that say float32.",
+]
+PEER_PACKAGES = ("torchao", "hqq", "bitsandbytes")
+
+
+def measure(case: Case, *, seed: int, quick: bool) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Fit and judge all peers of one model.
+
+    Returns:
+        A row for every setting, and what could not be measured, with the reason.
+
+    Raises:
+        ValueError: the layer has a bias or transforms its logits, which peers know nothing of.
+    """
+    parts = case.parts
+    if parts.bias is not None or parts.transform != type(parts.transform)():
+        raise ValueError(f"The output layer of {case.name} is not a plain matrix, as peers need.")
+    quantiser = Quantiser(parts, case.corpus(), seed, show_progress=True)
+    with quantiser.timed("calibration"):
+        statistics = quantiser.calibrate()
+    layer = Layer(case, quantiser, statistics)
+    bounds = sources(token_metric(layer.weight, statistics))
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    candidates = _candidates(layer, quick, skipped)
+    while some := list(islice(candidates, TOGETHER)):
+        heads = {f"{row['peer']}, {row['setting']}": made for row, made in some}
+        scores = case.judge(heads)
+        for name, (row, made) in zip(heads, some, strict=True):
+            if row["peer"] == OURS:
+                details = made.details
+                row["rate_distortion"] = compare(
+                    bounds, details["bits_per_token"], details["error"]
+                )
+            rows.append(row | _figures(name, scores))
+    for row in rows:
+        row["calibration_seconds"] = quantiser.seconds["calibration"]
+        row["calibration_tokens"] = case.calibration.numel()
+    return rows, skipped
+
+
+def _candidates(
+    layer: Layer, quick: bool, skipped: list[dict[str, str]]
+) -> Iterator[tuple[dict[str, Any], Compressed]]:
+    """Every setting of every family, with the first columns of its row."""
+    for peer, family in FAMILIES.items():
+        start = time.perf_counter()
+        try:
+            for setting, made in family(layer, quick):
+                yield (
+                    {
+                        "model": layer.case.name,
+                        "peer": peer,
+                        "setting": setting,
+                        "bytes": made.total_bytes,
+                        "bits_per_weight": made.bits_per_weight,
+                        "seconds": time.perf_counter() - start,
+                        "details": made.details,
+                    },
+                    made,
+                )
+                start = time.perf_counter()
+        except UnavailableError as error:
+            skipped.append({"model": layer.case.name, "peer": peer, "reason": str(error)})
+
+
+def _figures(name: str, scores: Any) -> dict[str, Any]:
+    return {
+        "factor": factor(scores, name),
+        "texts": {
+            text: {
+                "dense_perplexity": by_head["dense"].perplexity,
+                "perplexity": by_head[name].perplexity,
+                "factor": by_head[name].perplexity / by_head["dense"].perplexity,
+                "greedy_agreement": by_head[name].agreement,
+                "tokens": by_head[name].tokens,
+            }
+            for text, by_head in scores.items()
+        },
+    }
+
+
+def show(rows: list[dict[str, Any]], skipped: list[Any]) -> None:
+    """Print the rows, the smallest first, and the distance of ours from the bound."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for model in dict.fromkeys(row["model"] for row in rows):
+        table = Table(title=model)
+        for column in ("peer", "setting"):
+            table.add_column(column)
+        for column in ("MB", "bits a weight", "factor", "same greedy token", "seconds"):
+            table.add_column(column, justify="right")
+        mine = [row for row in rows if row["model"] == model]
+        for row in sorted(mine, key=lambda row: row["bytes"]):
+            agreement = [text["greedy_agreement"] for text in row["texts"].values()]
+            table.add_row(
+                row["peer"],
+                row["setting"],
+                f"{row['bytes'] / 1e6:.2f}",
+                f"{row['bits_per_weight']:.2f}",
+                f"x{row['factor']:.4f}",
+                " / ".join(f"{share:.1%}" for share in agreement),
+                f"{row['seconds']:.0f}",
+                style="bold" if row["peer"] == OURS else None,
+            )
+        console.print(table)
+        limits = Table(title=f"{model}: error of sign codes over the Gaussian bound")
+        for column in ("bits a token", "error", "over fixed", "bits", "over spread", "bits"):
+            limits.add_column(column, justify="right")
+        for row in mine:
+            if row["peer"] == OURS and "float32" not in row["setting"]:
+                found = row["rate_distortion"]
+                limits.add_row(
+                    f"{row['details']['bits_per_token']:,}",
+                    f"{found['error']:.2e}",
+                    *(
+                        cell
+                        for name in ("fixed", "spread")
+                        for cell in (
+                            f"{found[f'error_over_{name}_bound']:.2f}",
+                            f"{found[f'{name}_bits_at_error']:,.0f}",
+                        )
+                    ),
+                )
+        console.print(limits)
+    for one in skipped:
+        console.print(f"skipped: {one['model']}, {one['peer']}: {one['reason']}")
+
+
+def main() -> None:
+    """Measure, write, plot and print."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--data", type=Path, default=Path("../shared/data"))
+    p.add_argument("--models", type=Path, default=Path("../shared/models"))
+    p.add_argument("--only", choices=MODELS, help="one of the models")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--quick", action="store_true", help="a twentieth of the text, fewer settings")
+    p.add_argument("--output", type=Path, required=True)
+    options = p.parse_args()
+    rows: list[dict[str, Any]] = []
+    skipped: list[Any] = []
+    for name in [options.only] if options.only else MODELS:
+        case = load_case(name, options.data, options.models, quick=options.quick)
+        more_rows, more_skipped = measure(case, seed=options.seed, quick=options.quick)
+        rows += more_rows
+        skipped += more_skipped
+    result = {
+        "command": "python -m benchmarks.quality " + " ".join(sys.argv[1:]),
+        "quick": options.quick,
+        "seed": options.seed,
+        "machine": machine(),
+        "versions": versions(*PEER_PACKAGES),
+        "notes": NOTES,
+        "rows": rows,
+        "skipped": skipped,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+    plot(rows, options.output.with_suffix(".png"))
+    show(rows, skipped)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The plot of perplexity factor against bytes, a panel a model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .peers.catalogue import FAMILIES, OURS
+
+# The axis is log(factor), nats a token, on a logarithmic scale: factors of 1.001 and 100 are both
+# legible. What is nearer to 1 than the first tick stands on the floor.
+TICKS = (1.001, 1.003, 1.01, 1.03, 1.1, 1.3, 2, 5, 20, 100, 1000)
+FLOOR = 1.0005
+MARKERS = "osD^vP*X<>hpd8H"
+SIZES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # MB
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the rows of `benchmarks.quality` to a file; ours is a line, peers are markers."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(8 * len(models) + 3, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for panel, model in zip(panels, models, strict=True):
+        _panel(panel, [row for row in rows if row["model"] == model])
+        panel.set_title(model)
+    panels[0].set_ylabel("perplexity factor over the dense layer, without training")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _panel(panel: Any, rows: list[dict[str, Any]]) -> None:
+    def height(factor: float) -> float:
+        return math.log(max(factor, FLOOR))
+
+    for index, peer in enumerate(FAMILIES):
+        points = sorted(
+            (row["bytes"] / 1e6, height(row["factor"]))
+            for row in rows
+            if row["peer"] == peer and "float32 codewords" not in row["setting"]
+        )
+        ours = peer == OURS
+        panel.plot(
+            *zip(*points, strict=True) if points else ((), ()),
+            marker=MARKERS[index],
+            linestyle="-" if ours else ":",
+            linewidth=2.5 if ours else 0.8,
+            markersize=9 if ours else 7,
+            color="black" if ours else f"C{index % 10}",
+            label=peer,
+            zorder=3 if ours else 2,
+        )
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xticks(SIZES, [f"{size:g}" for size in SIZES])
+    panel.set_yticks([height(factor) for factor in TICKS], [f"x{factor:g}" for factor in TICKS])
+    panel.minorticks_off()
+    panel.axhline(height(FLOOR), color="grey", linewidth=0.5)
+    panel.grid(alpha=0.3)
+    panel.set_xlabel("bytes of the output layer, MB")
