@@ -109,20 +109,20 @@ def main() -> None:
     p.add_argument("--quick", action="store_true", help="a twentieth of the text")
     p.add_argument("--output", type=Path, required=True)
     options = p.parse_args()
-    rows = []
-    for name in [options.only] if options.only else MODELS:
-        case = load_case(name, options.data, options.models, quick=options.quick)
-        rows += measure(case, seed=options.seed, distill_steps=options.distill_steps)
-    result = {
+    result: dict[str, Any] = {
         "command": "python -m benchmarks.quality_fit " + " ".join(sys.argv[1:]),
         "quick": options.quick,
         "seed": options.seed,
         "machine": machine(),
         "versions": versions(),
-        "rows": rows,
+        "rows": (rows := []),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+    for name in [options.only] if options.only else MODELS:
+        case = load_case(name, options.data, options.models, quick=options.quick)
+        rows += measure(case, seed=options.seed, distill_steps=options.distill_steps)
+        # After each model: a run of an hour should not lose the first for the second.
+        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
     for row in rows:
         texts = "  ".join(f"{t} x{v['factor']:.4f}" for t, v in row["texts"].items())
         print(f"{row['model']:12} {row['head']:24} x{row['factor']:.4f}  {texts}")
