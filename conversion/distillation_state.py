@@ -14,7 +14,7 @@ from .errors import ConversionError
 
 
 def fingerprint(
-    head: VQLogitsHead, blocks: Tensor, steps: int, seed: int, learning_rate: float
+    head: VQLogitsHead, blocks: Tensor, steps: int, seed: int, learning_rate: float | None
 ) -> str:
     """What tells a run from others: the head it starts from, its text and its options."""
     digest = hashlib.sha256(repr((steps, seed, learning_rate)).encode())
