@@ -104,7 +104,9 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
             if isinstance(module, VQLogitsHead | VQEmbedding)
         }
         only = tuple(f"{name}." for name in coded)
-        refuse_unexpected(path, info["unexpected_keys"], only=only)
+        # The base model's own tensors are named there as in the file, which is of the whole model.
+        of_whole = tuple(f"{cls.base_model_prefix}.{beginning}" for beginning in only)
+        refuse_unexpected(path, info["unexpected_keys"], only=only + of_whole)
         if getattr(model, "hf_quantizer", None) is None:
             refuse_incomplete(path, info["missing_keys"])
         else:
@@ -186,6 +188,9 @@ class VQLogitsModel(VQLogitsPreTrainedModel):
         embedding: Any = self.get_input_embeddings()
         embedding.set_codes(codes)
         self.config.get_text_config().vocab_size = len(codes)
+        tied = self.config.embeddings == "tied"
+        field = "num_fine_tokens" if tied else "embedding_fine_tokens"
+        setattr(self.config, field, embedding.num_fine_tokens)
         if hasattr(self.backbone, "vocab_size"):
             self.backbone.vocab_size = len(codes)
 

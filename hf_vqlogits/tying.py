@@ -68,11 +68,16 @@ class TiedCodesMixin(PreTrainedModel):
         embedding: Any = self.get_input_embeddings()
         # PEFT may have wrapped the head, in a module that says it has the head's attributes.
         plain = isinstance(self.lm_head, VQLogitsHead)
-        shared = plain and self.lm_head.codes is getattr(embedding, "codes", None)
+        there = {name: getattr(self.lm_head, name) for name in SHARED[1:]} if plain else {}
+        # One by one: an embedding may share the codes and have second ones of its own, or none.
+        shared = [
+            name
+            for name, tensor in there.items()
+            if tensor is not None and tensor is getattr(embedding, name, None)
+        ]
         super()._apply(fn, recurse)
-        if shared:
-            for name in SHARED[1:]:
-                setattr(self.lm_head, name, getattr(embedding, name))
+        for name in shared:
+            setattr(self.lm_head, name, getattr(embedding, name))
         return self
 
     def shared_names(self) -> dict[str, str]:

@@ -474,3 +474,72 @@ def test_index_heads_take_an_embedding_of_sign_codes(make_model, ids, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     model.resize_token_embeddings(70)
     assert model.get_input_embeddings().num_embeddings == 70
+
+
+# Second codes
+
+
+def test_moving_leaves_second_codes_that_are_not_shared(make_model):
+    """An embedding of the head's first codes alone is not tied, and takes nothing from the head."""
+    model = make_model("llama", num_fine_tokens=8)
+    partly = VQEmbedding(VOCABULARY, 32, num_codebooks=19)
+    partly.codebook, partly.codes = model.lm_head.codebook, model.lm_head.codes
+    model.set_input_embeddings(partly)
+    assert model.config.embeddings == "vq"
+    hidden = torch.randn(2, 32)
+    wanted = model.lm_head(hidden)
+    model._apply(lambda tensor: tensor.clone())
+    assert torch.equal(model.lm_head(hidden), wanted)
+    assert model.lm_head.codes is partly.codes
+    assert partly.fine_ids is None
+
+
+@pytest.mark.parametrize("size", [VOCABULARY + 9, VOCABULARY - 9])
+def test_resized_with_second_codes_of_its_own(make_model, ids, tmp_path, size):
+    model = make_model("llama", embeddings="vq", embedding_fine_tokens=VOCABULARY)
+    ids = ids % (VOCABULARY - 9)
+    model.resize_token_embeddings(size)
+    kept = min(size, VOCABULARY)
+    assert model.config.embedding_fine_tokens == kept
+    assert model.get_input_embeddings().num_fine_tokens == kept
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_smaller_vocabulary_keeps_the_second_codes_tied(make_model, ids, tmp_path, kept):
+    model = make_model("llama", embeddings="tied", num_fine_tokens=4)
+    fine_ids = [3, 9, 55, 60] if kept else [52, 55, 57, 60]
+    model.lm_head.fine_ids.copy_(torch.tensor(fine_ids))
+    ids = ids % 52
+    before = model(ids).logits[..., :52].detach()
+    embedding = model.resize_token_embeddings(52)
+    assert model.config.num_fine_tokens == embedding.num_fine_tokens == kept
+    assert embedding.fine_ids is model.lm_head.fine_ids
+    assert embedding.fine_codes is model.lm_head.fine_codes
+    torch.testing.assert_close(model(ids).logits, before)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.get_input_embeddings().codes is loaded.lm_head.codes
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_tied_base_model_is_resized_alone(make_model, tmp_path):
+    make_model("llama", embeddings="tied", num_fine_tokens=VOCABULARY).save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    base.resize_token_embeddings(52)
+    assert base.config.num_fine_tokens == 52
+    base.save_pretrained(tmp_path / "base")
+    loaded = AutoModel.from_pretrained(tmp_path / "base")
+    ids = torch.tensor([[3, 51]])
+    assert torch.equal(loaded(ids).last_hidden_state, base(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_second_codes_that_the_configuration_lacks_are_refused(make_model, tmp_path, auto):
+    make_model("llama", embeddings="tied", num_fine_tokens=8).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_fine_tokens": 0}))
+    with pytest.raises(ValueError, match=r"holds .*embed_tokens.fine_codes, .*, of which its conf"):
+        auto.from_pretrained(tmp_path)

@@ -121,23 +121,41 @@ def expand_backward(grad: Tensor, codes: Tensor, code_type: str, shape: tuple[in
     return _expand_indices_backward(grad, codes, shape[1], shape[2])
 
 
-def gather_rows(codes: Tensor, ids: Tensor, codebook: Tensor, scale: float) -> Tensor:
-    """Rows (N, d) of the tokens `ids` (N,): `scale * S[ids] @ codebook`, S the +-1 matrix."""
+def gather_rows(
+    codes: Tensor,
+    ids: Tensor,
+    codebook: Tensor,
+    scale: float,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
+) -> Tensor:
+    """Rows (N, d) of the tokens `ids` (N,): `scale * S[ids] @ codebook`, S the matrix of signs.
+
+    Where `fine_ids` (F,), ascending, names a token, half of its signs in `fine_codes` is in S too.
+    """
     rows = codebook.new_empty(len(ids), codebook.shape[1])
     unused = codebook.new_zeros(())
-    for some, signs in _pieces(codes.index_select(0, ids), len(codebook), codebook.dtype):
+    fine = (fine_ids, fine_codes)
+    for some, signs in _pieces_of_rows(codes, ids, len(codebook), codebook.dtype, *fine):
         # Scaled within the product, before it is rounded: unscaled, float16 could overflow.
         rows[some] = torch.addmm(unused, signs, codebook, beta=0, alpha=scale)
     return rows
 
 
 def gather_rows_backward(
-    grad: Tensor, codes: Tensor, ids: Tensor, num_codebooks: int, scale: float
+    grad: Tensor,
+    codes: Tensor,
+    ids: Tensor,
+    num_codebooks: int,
+    scale: float,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
 ) -> Tensor:
     """Gradient (R, d) of [`gather_rows`] with respect to the codebook, from that of the rows."""
     exact = grad.to(sum_dtype(grad.dtype))
     sums = exact.new_zeros(num_codebooks, grad.shape[1])
-    for some, signs in _pieces(codes.index_select(0, ids), num_codebooks, exact.dtype):
+    fine = (fine_ids, fine_codes)
+    for some, signs in _pieces_of_rows(codes, ids, num_codebooks, exact.dtype, *fine):
         sums.addmm_(signs.T, exact[some], alpha=scale)
     return sums.to(grad.dtype)
 
@@ -206,6 +224,28 @@ def _pieces(
     for begin in range(0, codes.shape[0], step):
         tokens = slice(begin, begin + step)
         yield tokens, unpack_signs(codes[tokens], num_codebooks, dtype=dtype)
+
+
+def _pieces_of_rows(
+    codes: Tensor,
+    ids: Tensor,
+    num_codebooks: int,
+    dtype: torch.dtype,
+    fine_ids: Tensor | None,
+    fine_codes: Tensor | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Pieces of the matrix (N, R) of the tokens' signs and halves of their second ones."""
+    for some, signs in _pieces(codes.index_select(0, ids), num_codebooks, dtype):
+        if fine_ids is not None and fine_codes is not None and len(fine_ids):
+            tokens = ids[some]
+            place = torch.searchsorted(fine_ids.to(tokens.dtype), tokens)
+            place = place.clamp_(max=len(fine_ids) - 1)
+            has_one = (fine_ids[place] == tokens).to(dtype).unsqueeze(1)
+            # For all tokens, those without one too: to count the others would wait for a GPU. The
+            # sums +-1/2 and +-3/2 are exact in every type, so that a row is rounded once.
+            fine = unpack_signs(fine_codes[place], num_codebooks, dtype=dtype)
+            signs.addcmul_(has_one, fine, value=FINE_FACTOR)
+        yield some, signs
 
 
 def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,7 +1,9 @@
 """Rows of the matrix that sign codes stand for, written out for the tokens asked for only.
 
-    torch.ops.vqlogits.gather_rows(codes, ids, codebook, scale) -> rows
-    torch.ops.vqlogits.gather_rows_backward(grad, codes, ids, num_codebooks, scale) -> grad
+    torch.ops.vqlogits.gather_rows(codes, ids, codebook, scale, fine_ids, fine_codes) -> rows
+    torch.ops.vqlogits.gather_rows_backward(
+        grad, codes, ids, num_codebooks, scale, fine_ids, fine_codes
+    ) -> grad
 
 An operation of its own, as [`expand`] is: backward unpacks the signs once more instead of keeping
 N x R numbers, and `torch.compile` sees one node.
@@ -13,15 +15,17 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .registration import LIBRARY, without_autocast
+from .registration import LIBRARY, check_fine, without_autocast
 
 TAGS = (torch.Tag.pt2_compliant_tag,)
+FINE = "Tensor? fine_ids, Tensor? fine_codes"
 LIBRARY.define(
-    "gather_rows(Tensor codes, Tensor ids, Tensor codebook, float scale) -> Tensor", tags=TAGS
+    f"gather_rows(Tensor codes, Tensor ids, Tensor codebook, float scale, {FINE}) -> Tensor",
+    tags=TAGS,
 )
 LIBRARY.define(
     "gather_rows_backward(Tensor grad, Tensor codes, Tensor ids, SymInt num_codebooks, "
-    "float scale) -> Tensor",
+    f"float scale, {FINE}) -> Tensor",
     tags=TAGS,
 )
 
@@ -52,22 +56,23 @@ def gather_rows(
         (..., d) in the type of `codebook`.
 
     Raises:
-        TypeError: `codes` or `ids` has a type that the operation does not know.
-        ValueError: the codes do not have the length that the codebook takes.
+        TypeError: codes or tokens have a type that the operation does not know.
+        ValueError: the codes do not have the length that the codebook takes, or `fine_ids` and
+            `fine_codes` do not fit them or each other.
         IndexError: an id lies outside 0..V-1 (on a GPU whatever PyTorch's indexing raises there).
     """
     gather = torch.ops.vqlogits.gather_rows.default
-    flat = ids.reshape(-1)
-    rows = gather(codes, flat, codebook, scale)
-    if fine_ids is not None and fine_codes is not None:
-        # For all tokens, as the number of those that have one would be a shape made of data.
-        place = torch.searchsorted(fine_ids, flat.to(fine_ids.dtype)).clamp(max=len(fine_ids) - 1)
-        share = (fine_ids[place] == flat).to(rows.dtype) * eager.FINE_FACTOR
-        rows = rows + share.unsqueeze(1) * gather(fine_codes, place, codebook, scale)
+    rows = gather(codes, ids.reshape(-1), codebook, scale, fine_ids, fine_codes)
     return rows.view(*ids.shape, codebook.shape[-1])
 
 
-def _check(codes: Tensor, ids: Tensor, codebook: Tensor) -> None:
+def _check(
+    codes: Tensor,
+    ids: Tensor,
+    codebook: Tensor,
+    fine_ids: Tensor | None,
+    fine_codes: Tensor | None,
+) -> None:
     if codes.dtype is not torch.uint8:
         raise TypeError(f"`codes` is {codes.dtype}; sign codes must be uint8.")
     if ids.dtype not in (torch.int64, torch.int32):
@@ -78,54 +83,69 @@ def _check(codes: Tensor, ids: Tensor, codebook: Tensor) -> None:
             f"`codes` has shape {tuple(codes.shape)}, but a codebook of shape "
             f"{tuple(codebook.shape)} takes sign codes of shape (V, {width})."
         )
+    if fine_ids is not None or fine_codes is not None:
+        check_fine(codes, "sign", fine_ids, fine_codes)
 
 
-def _compute(codes: Tensor, ids: Tensor, codebook: Tensor, scale: float) -> Tensor:
-    _check(codes, ids, codebook)
-    with without_autocast(codebook.device):
-        return eager.gather_rows(codes, ids, codebook, scale)
-
-
-def _compute_backward(
-    grad: Tensor, codes: Tensor, ids: Tensor, num_codebooks: int, scale: float
+def _compute(
+    codes: Tensor,
+    ids: Tensor,
+    codebook: Tensor,
+    scale: float,
+    fine_ids: Tensor | None,
+    fine_codes: Tensor | None,
 ) -> Tensor:
+    _check(codes, ids, codebook, fine_ids, fine_codes)
+    with without_autocast(codebook.device):
+        return eager.gather_rows(codes, ids, codebook, scale, fine_ids, fine_codes)
+
+
+def _compute_backward(grad: Tensor, *options: Any) -> Tensor:
     with without_autocast(grad.device):
-        return eager.gather_rows_backward(grad, codes, ids, num_codebooks, scale)
+        return eager.gather_rows_backward(grad, *options)
 
 
-def _shape(codes: Tensor, ids: Tensor, codebook: Tensor, scale: float) -> Tensor:
-    _check(codes, ids, codebook)
+def _shape(
+    codes: Tensor,
+    ids: Tensor,
+    codebook: Tensor,
+    scale: float,
+    fine_ids: Tensor | None,
+    fine_codes: Tensor | None,
+) -> Tensor:
+    _check(codes, ids, codebook, fine_ids, fine_codes)
     return codebook.new_empty(ids.shape[0], codebook.shape[1])
 
 
 def _shape_backward(
-    grad: Tensor, codes: Tensor, ids: Tensor, num_codebooks: int, scale: float
+    grad: Tensor, codes: Tensor, ids: Tensor, num_codebooks: int, *options: Any
 ) -> Tensor:
     return grad.new_empty(num_codebooks, grad.shape[1])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    codes, ids, codebook, ctx.scale = inputs
+    codes, ids, codebook, ctx.scale, *fine = inputs
     ctx.num_codebooks = codebook.shape[0]
-    ctx.save_for_backward(codes, ids)
+    ctx.save_for_backward(codes, ids, *fine)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
-    codes, ids = ctx.saved_tensors
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, ids, *fine = ctx.saved_tensors
     backward = torch.ops.vqlogits.gather_rows_backward.default
-    return None, None, backward(grad, codes, ids, ctx.num_codebooks, ctx.scale), None
+    sums = backward(grad, codes, ids, ctx.num_codebooks, ctx.scale, *fine)
+    return None, None, sums, *[None] * 3
 
 
 def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, ids, _, ctx.scale = inputs
-    ctx.save_for_backward(codes, ids)
+    _, codes, ids, _, ctx.scale, *fine = inputs
+    ctx.save_for_backward(codes, ids, *fine)
 
 
-def _gradient_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    codes, ids = ctx.saved_tensors
+def _gradient_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, ids, *fine = ctx.saved_tensors
     # The operation is linear, so the transpose of its transpose is the operation itself.
-    rows = torch.ops.vqlogits.gather_rows.default(codes, ids, grad, ctx.scale)
-    return rows, None, None, None, None
+    rows = torch.ops.vqlogits.gather_rows.default(codes, ids, grad, ctx.scale, *fine)
+    return rows, *[None] * 6
 
 
 for _name, _implementation, _fake, _backward, _setup in (

@@ -152,12 +152,13 @@ def check(
             f"`scores` is on {scores.device} but `codes` on {codes.device}; move one to the other."
         )
     if fine_ids is not None or fine_codes is not None:
-        _check_fine(codes, code_type, fine_ids, fine_codes)
+        check_fine(codes, code_type, fine_ids, fine_codes)
 
 
-def _check_fine(
+def check_fine(
     codes: Tensor, code_type: str, fine_ids: Tensor | None, fine_codes: Tensor | None
 ) -> None:
+    """Raise what [`expand`] documents of second codes, of which one tensor at least is there."""
     if code_type != "sign":
         raise ValueError("Second codes (`fine_ids`, `fine_codes`) go with sign codes only.")
     if fine_ids is None or fine_codes is None:

@@ -130,8 +130,78 @@ def test_what_does_not_fit_is_named():
 
 def test_registered_operations_keep_their_promises():
     codes, ids, codebook = example(9, torch.float32)
-    arguments = (codes, ids.flatten(), codebook.requires_grad_(), 0.5)
+    arguments = (codes, ids.flatten(), codebook.requires_grad_(), 0.5, None, None)
     torch.library.opcheck(torch.ops.vqlogits.gather_rows.default, arguments)
     grad = torch.randn(15, D, requires_grad=True)
-    arguments = (grad, codes, ids.flatten(), 9, 0.5)
+    arguments = (grad, codes, ids.flatten(), 9, 0.5, None, None)
+    torch.library.opcheck(torch.ops.vqlogits.gather_rows_backward.default, arguments)
+
+
+FINE_IDS = torch.tensor([0, 3, 17, 30, 36], dtype=torch.int32)
+
+
+def fine_example(terms, dtype=torch.float64):
+    codes, ids, codebook = example(terms, dtype)
+    ids = torch.cat([ids.flatten(), FINE_IDS.long()])
+    return codes, ids, codebook, {"fine_ids": FINE_IDS, "fine_codes": codes[5:10]}
+
+
+def test_gradients_with_second_codes():
+    codes, ids, codebook, fine = fine_example(9)
+    codebook.requires_grad_()
+
+    def rows(words):
+        return ops.gather_rows(codes, ids, words, 0.5, **fine)
+
+    assert torch.autograd.gradcheck(rows, codebook)
+    assert torch.autograd.gradgradcheck(lambda words: rows(words).square(), codebook)
+
+
+def test_rows_with_second_codes_are_rounded_once():
+    codes, ids, codebook, fine = fine_example(300, torch.bfloat16)
+    exact = ops.gather_rows(codes, ids, codebook.double(), 1 / 256, **fine)
+    rows = ops.gather_rows(codes, ids, codebook, 1 / 256, **fine).double()
+    half_a_digit = torch.finfo(torch.bfloat16).eps / 2
+    assert ((rows - exact).abs() <= 1.01 * half_a_digit * exact.abs() + 1e-6).all()
+
+
+def test_many_tokens_with_second_codes_go_in_pieces(monkeypatch):
+    codes, ids, codebook, fine = fine_example(19)
+    codebook.requires_grad_()
+    whole = ops.gather_rows(codes, ids, codebook, **fine)
+    (wanted,) = torch.autograd.grad(whole.square().sum(), codebook)
+    monkeypatch.setattr(eager, "_PIECE_BYTES", 19 * 8 * 4)
+    pieces = ops.gather_rows(codes, ids, codebook, **fine)
+    (gradient,) = torch.autograd.grad(pieces.square().sum(), codebook)
+    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_second_codes_of_no_token_change_nothing():
+    codes, ids, codebook, fine = fine_example(19)
+    none = {name: tensor[:0] for name, tensor in fine.items()}
+    rows = ops.gather_rows(codes, ids, codebook)
+    assert torch.equal(ops.gather_rows(codes, ids, codebook, **none), rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"fine_codes": None}, ValueError, "go together; give both or none"),
+        ({"fine_ids": FINE_IDS[:2]}, ValueError, r"must be \(F,\) and \(F, 3\)"),
+        ({"fine_ids": FINE_IDS.float()}, TypeError, "`fine_ids` torch.float32"),
+    ],
+)
+def test_second_codes_that_do_not_fit_are_named(change, error, message):
+    codes, ids, codebook, fine = fine_example(19)
+    with pytest.raises(error, match=message):
+        ops.gather_rows(codes, ids, codebook, **(fine | change))
+
+
+def test_registered_operations_keep_their_promises_with_second_codes():
+    codes, ids, codebook, fine = fine_example(9, torch.float32)
+    arguments = (codes, ids, codebook.requires_grad_(), 0.5, *fine.values())
+    torch.library.opcheck(torch.ops.vqlogits.gather_rows.default, arguments)
+    grad = torch.randn(len(ids), D, requires_grad=True)
+    arguments = (grad, codes, ids, 9, 0.5, *fine.values())
     torch.library.opcheck(torch.ops.vqlogits.gather_rows_backward.default, arguments)
