@@ -35,11 +35,12 @@ def solve_codebook(
         iterations: at most.
 
     Returns:
-        (R, D); never worse than `codebook` but for rounding.
+        (R, D); never worse than `codebook`, which is the result where rounding leads the iteration
+        astray (more bits than tokens, and all but one direction of the metric empty).
     """
     residual, gram = _start(metric, signs, codebook)
     left, right = _factors(metric, gram)
-    codebook = codebook.clone()
+    start, codebook = codebook, codebook.clone()
     direction = step = torch.zeros_like(codebook)
     previous = torch.zeros((), device=codebook.device)
     for _ in range(iterations):
@@ -55,7 +56,18 @@ def solve_codebook(
         codebook += (slope / curvature) * direction
         residual -= (slope / curvature) * curved
         previous = slope
-    return codebook
+    return (
+        codebook if error_of(metric, signs, codebook) <= error_of(metric, signs, start) else start
+    )
+
+
+def error_of(metric: TokenMetric, signs: Tensor, codebook: Tensor) -> float:
+    """Weighted squared error of all tokens with codes (V, R) and a codebook (R, D)."""
+    total = 0.0
+    for tile in tiles(len(signs)):
+        difference = torch.addmm(metric.rows[tile], signs[tile].float(), codebook, alpha=-1)
+        total += float(metric.error(difference, tile).double().sum())
+    return total
 
 
 def _start(metric: TokenMetric, signs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

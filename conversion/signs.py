@@ -35,7 +35,7 @@ from hf_vqlogits.ops.eager import FINE_FACTOR
 
 from .calibration import CalibrationStatistics
 from .metric import TokenMetric, token_metric
-from .sign_codebook import solve_codebook, tiles
+from .sign_codebook import error_of, solve_codebook, tiles
 from .sign_greedy import extend_greedily
 from .sign_search import SearchEffort, search_signs
 
@@ -126,7 +126,7 @@ class SignFitter:
         self._generator = torch.Generator().manual_seed(seed)
         self._signs = torch.empty(tokens, 0, dtype=torch.int8, device=device)
         self._codebook = torch.empty(0, size, device=device)
-        self._scale = _error(self._metric, self._signs, self._codebook)
+        self._scale = error_of(self._metric, self._signs, self._codebook)
         self._greedy_seconds = 0.0
 
     @torch.no_grad()
@@ -177,7 +177,7 @@ class SignFitter:
         codebook = self._codebook[:num_codebooks]
         fine = signs[:0]
         seconds = {"greedy": self._greedy_seconds, "codebook": 0.0, "search": 0.0}
-        error_greedy = _error(metric, signs, codebook)
+        error_greedy = error_of(metric, signs, codebook)
 
         def solved(iterations: int) -> Tensor:
             start = time.perf_counter()
@@ -200,7 +200,7 @@ class SignFitter:
         scale = self._scale or 1.0
         details = {
             "error_greedy": error_greedy / scale,
-            "error": _error(metric, _levels(signs, fine), codebook) / scale,
+            "error": error_of(metric, _levels(signs, fine), codebook) / scale,
             "seconds": seconds,
         }
         return self._in_order(signs, fine, vectors, biases, details)
@@ -265,11 +265,3 @@ def fit_signs(
     """Sign codes of one size; see `SignFitter` for arguments and errors."""
     fitter = SignFitter(weight, statistics, bias=bias, seed=seed, device=device, progress=progress)
     return fitter.fit(num_codebooks, num_fine_tokens)
-
-
-def _error(metric: TokenMetric, signs: Tensor, codebook: Tensor) -> float:
-    total = 0.0
-    for tile in tiles(len(signs)):
-        difference = torch.addmm(metric.rows[tile], signs[tile].float(), codebook, alpha=-1)
-        total += float(metric.error(difference, tile).double().sum())
-    return total
