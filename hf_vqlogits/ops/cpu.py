@@ -10,17 +10,19 @@ import ctypes
 import functools
 import importlib.machinery
 import logging
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .eager import FINE_FACTOR
 from .tensor_cache import TensorCache
 
 logger = logging.getLogger(__name__)
 
-_INTERFACE = 1  # `kInterface` in csrc/expand.cpp
+_INTERFACE = 2  # `kInterface` in csrc/expand.cpp
 _EXTENSION = "_expand"  # in setup.py
 _OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LARGEST_AVX512_CODEBOOK = 32  # an index must fit a field of 5 bits
@@ -38,6 +40,27 @@ class _Coding(ctypes.Structure):
     )
 
 
+class _Fine(ctypes.Structure):
+    """`Fine` in csrc/tables_avx512.h."""
+
+    _fields_ = (
+        ("ids", ctypes.c_void_p),
+        ("begins", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("factor", ctypes.c_float),
+    )
+
+
+class _PreparedFine(NamedTuple):
+    """Second codes as the AVX-512 kernel reads them."""
+
+    fine: _Fine
+    address: int  # of `fine`
+    kept_alive: tuple[Tensor, ...]  # what it points to
+    ids: weakref.ref[Tensor]  # the tensor that said which tokens
+
+
 class _Prepared(NamedTuple):
     """What the kernels need to know of a tensor of codes, beside its bytes."""
 
@@ -47,6 +70,7 @@ class _Prepared(NamedTuple):
 
 
 _prepared: TensorCache[_Prepared] = TensorCache()
+_prepared_fine: TensorCache[_PreparedFine] = TensorCache()
 
 
 def paths() -> tuple[str, ...]:
@@ -68,8 +92,17 @@ def supports(path: str, scores: Tensor, codes: Tensor, code_type: str) -> bool:
     return small and TensorCache.can_hold(codes)
 
 
-def expand(scores: Tensor, codes: Tensor, code_type: str, path: str) -> Tensor:
+def expand(
+    scores: Tensor,
+    codes: Tensor,
+    code_type: str,
+    path: str,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
+) -> Tensor:
     """Logits (N, V) of scores (N, R) or (N, G, K), in their type, by one of the [`paths`].
+
+    Second codes are for `avx512` only, which adds them where their tables are at hand.
 
     Sums are taken in float32. `avx512` rounds its tables to multiples of a scale, one for each row
     and segment of the codes; a logit is off by at most half a scale per table (derived in
@@ -77,7 +110,8 @@ def expand(scores: Tensor, codes: Tensor, code_type: str, path: str) -> Tensor:
     row's logits. A row with a score that is NaN or infinite becomes NaN as a whole there.
 
     Raises:
-        IndexError: an index code lies outside 0..K-1.
+        IndexError: an index code lies outside 0..K-1, or one of `fine_ids` outside 0..V-1.
+        ValueError: `fine_ids` names a token twice.
         MemoryError: there is no memory for the tables.
     """
     library = _load()
@@ -87,11 +121,15 @@ def expand(scores: Tensor, codes: Tensor, code_type: str, path: str) -> Tensor:
     rows, threads = scores.shape[0], torch.get_num_threads()
     if path == "avx512":
         assert prepared.tiles is not None
+        fine = None
+        if fine_ids is not None and fine_codes is not None:
+            fine = _prepare_fine(prepared.address, codes.shape[0], fine_ids, fine_codes)
         logits = torch.empty(rows, codes.shape[0], dtype=scores.dtype)
         failed = library.vqlogits_expand_avx512(
             prepared.address,
             exact.data_ptr(),
             prepared.tiles.data_ptr(),
+            None if fine is None else fine.address,
             rows,
             _OUTPUT_TYPES[scores.dtype],
             logits.data_ptr(),
@@ -139,6 +177,49 @@ def _make_prepared(codes: Tensor, code_type: str, shape: tuple[int, ...], path: 
     return _Prepared(coding, address, tiles)
 
 
+def _prepare_fine(
+    coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
+) -> _PreparedFine:
+    def make() -> _PreparedFine:
+        return _make_prepared_fine(coding, vocabulary, fine_ids, fine_codes)
+
+    if not TensorCache.can_hold(fine_codes) or not TensorCache.can_hold(fine_ids):
+        return make()
+    key = (vocabulary, id(fine_ids), fine_ids._version, fine_ids.data_ptr())
+    prepared = _prepared_fine.get(fine_codes, key, make)
+    # An identity may be given out again once its tensor is gone.
+    return prepared if prepared.ids() is fine_ids else make()
+
+
+def _make_prepared_fine(
+    coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
+) -> _PreparedFine:
+    library = _load()
+    assert library is not None
+    ids, order = fine_ids.long().sort()
+    if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < vocabulary:
+        raise IndexError(
+            f"`fine_ids` holds {int(ids[0])} and {int(ids[-1])}, but must lie in "
+            f"0..{vocabulary - 1}."
+        )
+    if bool((ids.diff() == 0).any()):
+        raise ValueError("`fine_ids` names a token twice; a token has at most one second code.")
+    task_tokens, block_tokens = library.vqlogits_task_tokens(), library.vqlogits_block_tokens()
+    counts = (ids // task_tokens).bincount(minlength=-(-vocabulary // task_tokens))
+    begins = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    blocks = torch.nn.functional.pad((-(-counts // block_tokens)).cumsum(0), (1, 0))
+    words = library.vqlogits_tile_words(coding) // max(1, len(counts) * task_tokens)
+    tiles = torch.empty(int(blocks[-1]) * block_tokens * words, dtype=torch.int16)
+    kept_alive = (ids.int(), begins, blocks, tiles)
+    fine = _Fine(*(tensor.data_ptr() for tensor in kept_alive), FINE_FACTOR)
+    address = ctypes.addressof(fine)
+    rows = fine_codes[order].contiguous()
+    library.vqlogits_tile_fine(
+        coding, address, rows.data_ptr(), tiles.data_ptr(), torch.get_num_threads()
+    )
+    return _PreparedFine(fine, address, kept_alive, weakref.ref(fine_ids))
+
+
 @functools.cache
 def _load() -> ctypes.CDLL | None:
     """The compiled library; None, with one warning, where there is none that works."""
@@ -175,8 +256,11 @@ def _declare(library: ctypes.CDLL) -> None:
         ("has_avx512", int32, ()),
         ("use_openmp", None, (pointer,)),
         ("tile_words", int64, (pointer,)),
+        ("task_tokens", int64, ()),
+        ("block_tokens", int64, ()),
         ("tile", None, (pointer, pointer, pointer, int32)),
-        ("expand_avx512", int32, (pointer, pointer, pointer, int64, int32, pointer, int32)),
+        ("tile_fine", None, (pointer, pointer, pointer, pointer, int32)),
+        ("expand_avx512", int32, (*[pointer] * 4, int64, int32, pointer, int32)),
         ("expand_plain", int32, (pointer, pointer, pointer, int64, pointer, int32)),
     ):
         function = getattr(library, f"vqlogits_{name}")

@@ -74,17 +74,19 @@ def compute_expand(
 ) -> Tensor:
     """[`expand`] below autograd, by the backend that was chosen."""
     check(scores, codes, code_type, fine_ids, fine_codes)
+    backend = backends.for_expand(scores, codes, code_type)
+    if backend == "avx512":
+        return cpu.expand(scores, codes, code_type, backend, fine_ids, fine_codes)
     if fine_ids is None or fine_codes is None:
-        return _expand_codes(scores, codes, code_type)
+        return _expand_codes(scores, codes, code_type, backend)
     exact = scores.to(eager.sum_dtype(scores.dtype))  # two sums, to be rounded once
-    logits = _expand_codes(exact, codes, code_type)
-    fine_logits = _expand_codes(exact, fine_codes, code_type)
+    logits = _expand_codes(exact, codes, code_type, backend)
+    fine_logits = _expand_codes(exact, fine_codes, code_type, backend)
     return eager.add_fine_(logits, fine_logits, fine_ids).to(scores.dtype)
 
 
-def _expand_codes(scores: Tensor, codes: Tensor, code_type: str) -> Tensor:
-    backend = backends.for_expand(scores, codes, code_type)
-    if backend in ("avx512", "plain"):
+def _expand_codes(scores: Tensor, codes: Tensor, code_type: str, backend: str) -> Tensor:
+    if backend == "plain":
         return cpu.expand(scores, codes, code_type, backend)
     with without_autocast(scores.device):
         if backend == "matmul":

@@ -72,6 +72,77 @@ def test_sign_codes_stay_within_the_error_bound(path, rows, vocabulary, num_code
     assert bool((error <= error_bound(scores, "sign", path)).all())
 
 
+needs_avx512 = pytest.mark.skipif("avx512" not in PATHS, reason="no AVX-512")
+
+
+def second_codes(vocabulary, count, num_codebooks):
+    """`fine_ids` in no order, some of them neighbours, and `fine_codes`."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randperm(vocabulary, generator=generator)[:count]
+    return ids.int(), references.random_sign_codes(count, num_codebooks, seed=4)
+
+
+@needs_avx512
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("rows", "vocabulary", "num_codebooks"), references.SIGN_SHAPES)
+def test_second_codes_stay_within_the_error_bound(rows, vocabulary, num_codebooks, share):
+    scores = references.random_scores(rows, num_codebooks)
+    codes = references.random_sign_codes(vocabulary, num_codebooks)
+    ids, fine_codes = second_codes(vocabulary, int(share * vocabulary), num_codebooks)
+    if rows and len(ids):
+        fine_codes[0] = ops.pack_signs(scores[-1] > 0)
+        fine_codes[-1] = ops.pack_signs(scores[-1] <= 0)
+    got = cpu.expand(scores, codes, "sign", "avx512", ids, fine_codes)
+    error = (got.double() - references.logits(scores, codes, "sign", ids, fine_codes)).abs()
+    # Look-ups of the second code are off by as much as the first one's, and count half.
+    assert bool((error <= 1.5 * error_bound(scores, "sign", "avx512")).all())
+
+
+@needs_avx512
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_codes_are_rounded_once(dtype):
+    codes, scores = codes_and_scores("sign")
+    fine = second_codes(600, 60, 100)
+    scores = scores.to(dtype)
+    got = cpu.expand(scores, codes, "sign", "avx512", *fine)
+    assert torch.equal(got, cpu.expand(scores.float(), codes, "sign", "avx512", *fine).to(dtype))
+
+
+@needs_avx512
+def test_changed_second_codes_are_noticed():
+    codes, scores = codes_and_scores("sign")
+    ids, fine_codes = second_codes(600, 60, 100)
+
+    def check():
+        got = cpu.expand(scores, codes, "sign", "avx512", ids, fine_codes)
+        want = references.logits(scores, codes, "sign", ids, fine_codes)
+        assert bool(((got - want).abs() <= 1.5 * error_bound(scores, "sign", "avx512")).all())
+
+    check()
+    fine_codes[7] ^= 255
+    fine_codes[:, -1] &= 15
+    check()
+    ids.copy_(torch.arange(60))
+    check()
+    codes[:30] ^= codes[30:60]
+    check()
+
+
+@needs_avx512
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([3, 600], IndexError, r"holds 3 and 600, but must lie in 0\.\.599"),
+        ([-1, 3], IndexError, "holds -1 and 3, but must lie in"),
+        ([3, 3], ValueError, "names a token twice"),
+    ],
+)
+def test_impossible_tokens_of_second_codes_are_refused(ids, error, message):
+    codes, scores = codes_and_scores("sign")
+    with pytest.raises(error, match=message):
+        cpu.expand(scores, codes, "sign", "avx512", torch.tensor(ids), codes[:2].clone())
+
+
 @each_path
 @pytest.mark.parametrize(("rows", "vocabulary", "books", "size"), references.INDEX_SHAPES)
 def test_index_codes_stay_within_the_error_bound(path, rows, vocabulary, books, size):
@@ -90,9 +161,8 @@ def test_index_codes_stay_within_the_error_bound(path, rows, vocabulary, books, 
         assert bool((error <= error_bound(scores, "index", path)).all())
 
 
+@needs_avx512
 def test_sixteen_bits_cost_little_of_the_deviation_of_the_logits():
-    if "avx512" not in PATHS:
-        pytest.skip("no AVX-512")
     scores = references.random_scores(4, 1000)
     codes = references.random_sign_codes(5000, 1000)
     want = references.logits(scores, codes, "sign")

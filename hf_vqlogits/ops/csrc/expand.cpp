@@ -12,11 +12,12 @@
 #include "tables_plain.h"
 
 using vqlogits::Coding;
+using vqlogits::wide::Fine;
 
 namespace {
 
 // `_INTERFACE` in ops/cpu.py; to be raised with every change of the functions below.
-constexpr int32_t kInterface = 1;
+constexpr int32_t kInterface = 2;
 constexpr int32_t kNoMemory = -1;
 
 // Below this many look-ups a loop is over before other threads have woken up.
@@ -49,6 +50,10 @@ void vqlogits_use_openmp(void* gomp_parallel) {
   vqlogits::gomp_parallel.store(reinterpret_cast<vqlogits::GompParallel>(gomp_parallel));
 }
 
+// How many tokens a task of the AVX-512 kernel has, and a block of it.
+int64_t vqlogits_task_tokens() { return vqlogits::wide::kTaskTokens; }
+int64_t vqlogits_block_tokens() { return vqlogits::wide::kLanes; }
+
 // How many 16-bit words the tiled codes take; 0 when the AVX-512 kernel does not know such codes.
 int64_t vqlogits_tile_words(const Coding* coding) {
   return vqlogits::wide::fits(*coding) ? vqlogits::wide::Fields(*coding).tile_words() : 0;
@@ -59,18 +64,28 @@ void vqlogits_tile(const Coding* coding, const void* codes, uint16_t* tiles, int
   vqlogits::wide::tile(*coding, codes, tiles, threads);
 }
 
-// scores float32 [rows, ...], tiled codes -> out [rows, V]; type 0 float32, 1 bfloat16, 2 float16.
+// Second codes as stored, in the order of fine->ids -> tiles [32 fine->blocks[tasks] words].
+void vqlogits_tile_fine(const Coding* coding, const Fine* fine, const void* codes, uint16_t* tiles,
+                        int32_t threads) {
+  vqlogits::wide::tile_fine(*coding, *fine, codes, tiles, threads);
+}
+
+// scores float32 [rows, ...], tiled codes, second codes or null -> out [rows, V]; type 0 float32,
+// 1 bfloat16, 2 float16.
 int32_t vqlogits_expand_avx512(const Coding* coding, const float* scores, const uint16_t* tiles,
-                               int64_t rows, int32_t type, void* out, int32_t threads) {
+                               const Fine* fine, int64_t rows, int32_t type, void* out,
+                               int32_t threads) {
 #if VQLOGITS_AVX512
   try {
-    vqlogits::wide::expand(*coding, scores, tiles, rows, static_cast<vqlogits::wide::Output>(type),
-                           out, useful_threads(*coding, rows, threads));
+    vqlogits::wide::expand(*coding, scores, tiles, fine, rows,
+                           static_cast<vqlogits::wide::Output>(type), out,
+                           useful_threads(*coding, rows, threads));
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   }
 #else
-  (void)coding, (void)scores, (void)tiles, (void)rows, (void)type, (void)out, (void)threads;
+  (void)coding, (void)scores, (void)tiles, (void)fine, (void)rows, (void)type, (void)out;
+  (void)threads;
 #endif
   return 0;
 }

@@ -79,6 +79,18 @@ struct Fields {
 
 inline bool fits(const Coding& coding) { return coding.codewords <= kEntries; }
 
+// Second codes of some tokens, `Fine` in ops/cpu.py. They name partial sums of the same tables. Each
+// task has those of its own tokens, in whole blocks, and adds their logits while its own are still in
+// the core's cache: a pass of its own over the logits took 90 us of 400 (one row, R = 1,000, a tenth
+// of 50,257 tokens).
+struct Fine {
+  const int32_t* ids;     // [F], ascending
+  const int64_t* begins;  // [tasks + 1]: the ids of a task
+  const int64_t* blocks;  // [tasks + 1]: its blocks of 32
+  const uint16_t* tiles;  // [task][segment][block][word of the segment][32 ids]
+  float factor;           // on what the second codes add up to
+};
+
 // Word `w` of a token: three fields, the first in the low bits.
 inline uint16_t word_of(const Coding& coding, const Fields& fields, const void* codes, int64_t v,
                         int64_t w) {
@@ -105,22 +117,39 @@ inline uint16_t word_of(const Coding& coding, const Fields& fields, const void* 
   return static_cast<uint16_t>(word);
 }
 
-// codes as stored -> tiles [task][segment][block][word of the segment][32 tokens]: in the order in
-// which they are read.
-inline void tile(const Coding& coding, const void* codes, uint16_t* tiles, int threads) {
-  const Fields fields(coding);
-  parallel_for(fields.tasks, threads, [&](int64_t task) {
-    uint16_t* to = tiles + task * kTaskTokens * fields.words;
-    for (int64_t segment = 0; segment < fields.segments; segment++) {
-      for (int64_t block = 0; block < kBlocks; block++) {
-        for (int64_t w = fields.segment_begin(segment); w < fields.segment_end(segment); w++) {
-          for (int64_t lane = 0; lane < kLanes; lane++) {
-            const int64_t v = (task * kBlocks + block) * kLanes + lane;
-            *to++ = v < coding.vocabulary ? word_of(coding, fields, codes, v, w) : 0;
-          }
+// Rows [begin, end) of the codes as stored -> `blocks` blocks [segment][block][word of the
+// segment][32 tokens]: in the order in which they are read.
+inline void tile_rows(const Coding& coding, const Fields& fields, const void* codes, int64_t begin,
+                      int64_t end, int64_t blocks, uint16_t* to) {
+  for (int64_t segment = 0; segment < fields.segments; segment++) {
+    for (int64_t block = 0; block < blocks; block++) {
+      for (int64_t w = fields.segment_begin(segment); w < fields.segment_end(segment); w++) {
+        for (int64_t lane = 0; lane < kLanes; lane++) {
+          const int64_t v = begin + block * kLanes + lane;
+          *to++ = v < end ? word_of(coding, fields, codes, v, w) : 0;
         }
       }
     }
+  }
+}
+
+// codes as stored -> tiles [task][segment][block][word of the segment][32 tokens].
+inline void tile(const Coding& coding, const void* codes, uint16_t* tiles, int threads) {
+  const Fields fields(coding);
+  parallel_for(fields.tasks, threads, [&](int64_t task) {
+    tile_rows(coding, fields, codes, task * kTaskTokens, coding.vocabulary, kBlocks,
+              tiles + task * kTaskTokens * fields.words);
+  });
+}
+
+// Second codes as stored, in the order of `fine.ids` -> `tiles`.
+inline void tile_fine(const Coding& coding, const Fine& fine, const void* codes, uint16_t* tiles,
+                      int threads) {
+  const Fields fields(coding);
+  parallel_for(fields.tasks, threads, [&](int64_t task) {
+    tile_rows(coding, fields, codes, fine.begins[task], fine.begins[task + 1],
+              fine.blocks[task + 1] - fine.blocks[task],
+              tiles + fine.blocks[task] * kLanes * fields.words);
   });
 }
 
@@ -313,22 +342,16 @@ VQLOGITS_TARGET inline void store(const float* logits, int64_t count, Output typ
   }
 }
 
-// Logits of ROWS rows, the first of them `row`, for the tokens of one task.
+// partial[row][token] += what the tables of ROWS rows, the first of them `row`, add up to for `used`
+// of `blocks` blocks of tiled codes.
 template <int ROWS, int BLOCKS>
-VQLOGITS_TARGET inline void expand_task(const Coding& coding, const Fields& fields,
-                                        const uint16_t* tiles, const Tables& tables, int64_t row,
-                                        int64_t task, Output type, void* out) {
-  alignas(64) float partial[ROWS * kTaskTokens];
-  for (int n = 0; n < ROWS; n++) {
-    std::fill_n(partial + n * kTaskTokens, kTaskTokens, tables.offsets[row + n]);
-  }
-  const int64_t first = task * kTaskTokens;
-  const int64_t count = std::min(kTaskTokens, coding.vocabulary - first);
-  const int64_t used = (count + kLanes * BLOCKS - 1) / (kLanes * BLOCKS) * BLOCKS;
+VQLOGITS_TARGET inline void add_blocks(const Fields& fields, const uint16_t* tiles, int64_t blocks,
+                                       int64_t used, const Tables& tables, int64_t row,
+                                       float* partial) {
   for (int64_t segment = 0; segment < fields.segments; segment++) {
     const int64_t begin = fields.segment_begin(segment);
     const int64_t words = fields.segment_end(segment) - begin;
-    const uint16_t* codes = tiles + task * kTaskTokens * fields.words + begin * kTaskTokens;
+    const uint16_t* codes = tiles + begin * blocks * kLanes;
     for (int64_t block = 0; block < used; block += BLOCKS) {
       add_segment<ROWS, BLOCKS>(
           codes + block * words * kLanes, words,
@@ -337,14 +360,50 @@ VQLOGITS_TARGET inline void expand_task(const Coding& coding, const Fields& fiel
           fields.segments, partial + block * kLanes);
     }
   }
+}
+
+// The same for the tokens of a task that have second codes, times their factor.
+template <int ROWS>
+VQLOGITS_TARGET inline void add_fine(const Fields& fields, const Fine& fine, const Tables& tables,
+                                     int64_t row, int64_t task, float* partial) {
+  const int64_t begin = fine.begins[task], count = fine.begins[task + 1] - begin;
+  const int64_t blocks = fine.blocks[task + 1] - fine.blocks[task];
+  alignas(64) float sums[ROWS * kTaskTokens];
+  for (int n = 0; n < ROWS; n++) std::fill_n(sums + n * kTaskTokens, blocks * kLanes, 0.0f);
+  add_blocks<ROWS, 1>(fields, fine.tiles + fine.blocks[task] * kLanes * fields.words, blocks, blocks,
+                      tables, row, sums);
+  for (int n = 0; n < ROWS; n++) {
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t token = fine.ids[begin + i] - task * kTaskTokens;
+      partial[n * kTaskTokens + token] += fine.factor * sums[n * kTaskTokens + i];
+    }
+  }
+}
+
+// Logits of ROWS rows, the first of them `row`, for the tokens of one task.
+template <int ROWS, int BLOCKS>
+VQLOGITS_TARGET inline void expand_task(const Coding& coding, const Fields& fields,
+                                        const uint16_t* tiles, const Fine* fine,
+                                        const Tables& tables, int64_t row, int64_t task,
+                                        Output type, void* out) {
+  alignas(64) float partial[ROWS * kTaskTokens];
+  for (int n = 0; n < ROWS; n++) {
+    std::fill_n(partial + n * kTaskTokens, kTaskTokens, tables.offsets[row + n]);
+  }
+  const int64_t first = task * kTaskTokens;
+  const int64_t count = std::min(kTaskTokens, coding.vocabulary - first);
+  const int64_t used = (count + kLanes * BLOCKS - 1) / (kLanes * BLOCKS) * BLOCKS;
+  add_blocks<ROWS, BLOCKS>(fields, tiles + first * fields.words, kBlocks, used, tables, row,
+                           partial);
+  if (fine) add_fine<ROWS>(fields, *fine, tables, row, task, partial);
   for (int n = 0; n < ROWS; n++) {
     store(partial + n * kTaskTokens, count, type, out, (row + n) * coding.vocabulary + first);
   }
 }
 
-// scores [N, ...] float32, codes as tiles -> out [N, V] of the given type.
-inline void expand(const Coding& coding, const float* scores, const uint16_t* tiles, int64_t rows,
-                   Output type, void* out, int threads) {
+// scores [N, ...] float32, codes as tiles, second codes or null -> out [N, V] of the given type.
+inline void expand(const Coding& coding, const float* scores, const uint16_t* tiles,
+                   const Fine* fine, int64_t rows, Output type, void* out, int threads) {
   const Fields fields(coding);
   const int64_t row_bytes = coding.vocabulary * (type == Output::kFloat32 ? 4 : 2);
   Tables tables(fields, std::min(rows, kBatchRows));
@@ -360,13 +419,13 @@ inline void expand(const Coding& coding, const float* scores, const uint16_t* ti
     parallel_for(fields.tasks, threads, [&](int64_t task) {
       int64_t row = 0;
       for (; row + 4 <= now; row += 4) {
-        expand_task<4, 1>(coding, fields, tiles, tables, row, task, type, o);
+        expand_task<4, 1>(coding, fields, tiles, fine, tables, row, task, type, o);
       }
       for (; row + 2 <= now; row += 2) {
-        expand_task<2, 2>(coding, fields, tiles, tables, row, task, type, o);
+        expand_task<2, 2>(coding, fields, tiles, fine, tables, row, task, type, o);
       }
       for (; row < now; row++) {
-        expand_task<1, 2>(coding, fields, tiles, tables, row, task, type, o);
+        expand_task<1, 2>(coding, fields, tiles, fine, tables, row, task, type, o);
       }
     });
   }
