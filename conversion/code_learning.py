@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hf_vqlogits import VQLogitsHead
-from hf_vqlogits.ops import pack_signs, unpack_signs
+from hf_vqlogits.ops import eager, pack_signs, unpack_signs
 from hf_vqlogits.ops.eager import FINE_FACTOR
 
 from .metric import TokenMetric
@@ -51,14 +51,10 @@ class Slope:
     Attributes:
         gradient: (V, D), sum of (q - p) x.
         curvature: (V,), sum of q (1 - q).
-        divergence: mean KL in nats a position.
-        positions: N.
     """
 
     gradient: Tensor
     curvature: Tensor
-    divergence: float
-    positions: int
 
 
 @torch.no_grad()
@@ -72,39 +68,27 @@ def slope_of_divergence(
         metric: whose whitened coordinates are used.
         teacher: the original logits (n, V) of hidden states (n, d).
         hidden: hidden states (n, d), of any number a time.
-
-    Raises:
-        ValueError: there are no hidden states.
     """
-    device = metric.rows.device
-    dtype = product_dtype(device)
+    dtype = product_dtype(metric.rows.device)
     levels, words = levels_of(head).to(dtype), head.codebook.detach().float()
     biases = head.codebook_bias.detach().float()
-    gradient = torch.zeros_like(metric.rows)
-    curvature = torch.zeros_like(metric.weight)
-    total, positions = 0.0, 0
+    slope = Slope(torch.zeros_like(metric.rows), torch.zeros_like(metric.weight))
     size = max(1, CHUNK_BYTES // (4 * len(metric.rows)))
     for part in hidden:
         for h in part.split(size):
-            log_p = torch.log_softmax(teacher(h), -1, dtype=torch.float32)
-            scores = head.score_scale * torch.addmm(biases, h, words.T)
+            scores = eager.scores(h, words, biases, scale=head.score_scale)
             z = head.postprocess((scores.to(dtype) @ levels.T).float())
-            log_q = torch.log_softmax(z, -1)
-            p, difference = log_p.exp(), log_q - log_p
-            total -= float((p * difference).sum())
-            q = log_q.exp_()
             inner = _slope_of_postprocess(head, z)
-            curvature += ((q - q * q) * inner.square()).sum(0)
+            q = torch.softmax(z, -1)
+            slope.curvature += torch.addcmul(q, q, q, value=-1).mul_(inner.square()).sum(0)
+            q -= torch.softmax(teacher(h), -1, dtype=torch.float32)
             x = torch.nn.functional.pad((h - metric.mean) @ metric.unwhiten.T, (0, 1), value=1.0)
-            gradient += ((q.sub_(p) * inner).to(dtype).T @ x.to(dtype)).float()
-            positions += len(h)
-    if not positions:
-        raise ValueError("There are no hidden states to learn codes from.")
-    return Slope(gradient, curvature, total / positions, positions)
+            slope.gradient += (q.mul_(inner).to(dtype).T @ x.to(dtype)).float()
+    return slope
 
 
 @torch.no_grad()
-def move_codes(head: VQLogitsHead, metric: TokenMetric, slope: Slope, damping: float) -> float:
+def move_codes(head: VQLogitsHead, metric: TokenMetric, slope: Slope, damping: float) -> None:
     """Flip the bits that lower the majorised divergence, in place.
 
     Args:
@@ -112,44 +96,33 @@ def move_codes(head: VQLogitsHead, metric: TokenMetric, slope: Slope, damping: f
         metric: of the fit, in the order of the vocabulary.
         slope: at this head.
         damping: lambda.
-
-    Returns:
-        The share of bits that were flipped.
     """
-    codebook = whitened_codebook(head, metric)
-    levels, weight = levels_of(head), slope.curvature + PRIOR
+    codebook, levels = whitened_codebook(head, metric), levels_of(head)
+    weight = slope.curvature + PRIOR
     target = torch.empty_like(metric.rows)
     for tile in tiles(len(levels)):
-        vectors, context = levels[tile].float() @ codebook, metric.context[tile]
-        pulled = _times_metric(vectors - metric.rows[tile], context)
-        step = (slope.gradient[tile] + PRIOR * pulled) / (damping * weight[tile, None])
-        along = (step * context).sum(1, keepdim=True)
-        length = 1 + context.square().sum(1, keepdim=True)
-        target[tile] = vectors - step + context * (along / length)  # Sherman and Morrison
+        vectors = levels[tile].float() @ codebook
+        pull = slope.gradient[tile] + PRIOR * metric.stretch(vectors - metric.rows[tile], tile)
+        target[tile] = vectors - metric.shrink(pull / (damping * weight[tile, None]), tile)
     aim = TokenMetric(target, weight, metric.context, metric.unwhiten, metric.mean)
     effort = SearchEffort(flips=FLIPS, tenure=0, patience=FLIPS)
     bits = head.num_codebooks
     signs = unpack_signs(head.codes, bits, dtype=torch.int8)
-    before, flipped = signs.clone(), 0
     single = torch.ones(len(signs), dtype=torch.bool, device=signs.device)
     if head.fine_ids is not None and head.fine_codes is not None:
         ids = head.fine_ids.long()
         single[ids] = False
-        fine = unpack_signs(head.fine_codes, bits, dtype=torch.int8)
-        both = torch.cat([signs[ids], fine], 1)
+        both = torch.cat([signs[ids], unpack_signs(head.fine_codes, bits, dtype=torch.int8)], 1)
         words = torch.cat([codebook, FINE_FACTOR * codebook])
         search_signs(aim.tokens(ids), both, words, effort=effort)
         signs[ids] = both[:, :bits]
-        flipped += int((both[:, bits:] != fine).sum())
-        head.fine_codes.copy_(pack_signs(both[:, bits:].contiguous()))
+        head.fine_codes.copy_(pack_signs(both[:, bits:]))
     rest = single.nonzero().squeeze(1)
     if len(rest):
         part = signs[rest]
         search_signs(aim.tokens(rest), part, codebook, effort=effort)
         signs[rest] = part
-    flipped += int((signs != before).sum())
     head.codes.copy_(pack_signs(signs))
-    return flipped / (bits * (len(signs) + head.num_fine_tokens))
 
 
 def levels_of(head: VQLogitsHead) -> Tensor:
@@ -167,11 +140,6 @@ def whitened_codebook(head: VQLogitsHead, metric: TokenMetric) -> Tensor:
     biases = head.score_scale * head.codebook_bias.detach().float() + words @ metric.mean
     whitened = torch.linalg.solve(metric.unwhiten.T, words.T).T
     return torch.cat([whitened, biases[:, None]], 1).contiguous()
-
-
-def _times_metric(difference: Tensor, context: Tensor) -> Tensor:
-    along = (difference * context).sum(1, keepdim=True)
-    return torch.addcmul(difference, along, context)
 
 
 def _slope_of_postprocess(head: VQLogitsHead, logits: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .corpus import Corpus, prepare_corpus
-from .distillation import long_enough
+from .distillation import check_length, long_enough
 from .distillation_state import check_state_file
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
@@ -159,8 +159,7 @@ def convert_to_vq(
         show_progress=progress,
     )
     quantiser = Quantiser(parts, corpus, seed, show_progress=progress)
-    if distill_steps is None:
-        distill_steps = _default_steps(method, corpus)
+    distill_steps = _steps(distill_steps, method, corpus)
     with quantiser.timed("calibration"):
         statistics = quantiser.calibrate(keep_states=distill_steps > 0)
     with quantiser.timed("fit"):
@@ -185,7 +184,12 @@ def convert_to_vq(
     return report
 
 
-def _default_steps(method: str, corpus: Corpus) -> int:
+def _steps(asked: int | None, method: str, corpus: Corpus) -> int:
+    """Steps of the distillation; before the hours that come before it."""
+    if asked is not None:
+        if asked:
+            check_length(corpus.calibration)
+        return asked
     if method != "signs":
         return 0  # codes of these methods are not learnt, and their gradients are slow
     if not long_enough(corpus.calibration):

@@ -103,14 +103,12 @@ def distill(
     training.keep = lambda: (
         None if state_file is None else save_state(state_file, key, training.state())
     )
-    learnt = metric is not None and head.code_type == "sign"
-    code_steps = int(CODE_SHARE * steps) if learnt else 0
-    if metric is not None and code_steps:
-        training.learn_codes(metric, code_steps)
+    if metric is not None and head.code_type == "sign":
+        training.learn_codes(metric, int(CODE_SHARE * steps))
     if learning_rate is None:
         first = training.history[0][1]
         learning_rate = min(MOST_RATE, RATE * math.sqrt(max(first, 0.0) / head.num_codebooks))
-    training.train_codebook(steps - code_steps, learning_rate)
+    training.train_codebook(learning_rate)
     head.load_state_dict(training.best)
     if state_file is not None:
         state_file.unlink(missing_ok=True)
@@ -167,7 +165,12 @@ class _Training:
         self._notify(*self.history[-1])
 
     def learn_codes(self, metric: TokenMetric, steps: int) -> None:
-        """Majorise-minimise; codes that made it worse are taken back, and the next move less."""
+        """Majorise-minimise; codes that made it worse are taken back, and the next move less.
+
+        Args:
+            metric: of the fit.
+            steps: at most; fewer where no move however small helps.
+        """
         head = self._head
         while self._code_steps_made < steps and self._damping <= MOST_DAMPING:
             first, last = self._code_steps_made, min(self._code_steps_made + CODE_STEPS, steps)
@@ -184,9 +187,10 @@ class _Training:
             self._code_steps_made = last
             self.keep()
 
-    def train_codebook(self, steps: int, learning_rate: float) -> None:
-        """Adam on codewords and biases."""
-        head, first = self._head, len(self._order) // self._rows - steps
+    def train_codebook(self, learning_rate: float) -> None:
+        """Adam on codewords and biases, for all steps that are left."""
+        head, first = self._head, self._code_steps_made
+        steps = len(self._order) // self._rows - first
         groups = [
             {"params": [tensor], "lr": learning_rate * _spread(tensor)}
             for tensor in (head.codebook, head.codebook_bias)
@@ -259,6 +263,20 @@ def long_enough(blocks: Tensor) -> bool:
     return len(blocks) >= _least_rows(blocks)
 
 
+def check_length(blocks: Tensor) -> None:
+    """Refuse text that is not [`long_enough`].
+
+    Raises:
+        ConversionError: says how many tokens are needed.
+    """
+    if not long_enough(blocks):
+        raise ConversionError(
+            f"Distillation needs at least {_least_rows(blocks) * blocks.shape[1]:,} tokens of "
+            f"calibration text, there are {blocks.numel():,}; give more text or "
+            "`distill_steps` 0."
+        )
+
+
 def _least_rows(blocks: Tensor) -> int:
     """So many that a fifth, rounded down, is a row or more, and the others are a step's or more."""
     rows = _rows_of_step(blocks)
@@ -275,13 +293,8 @@ def _kept_out(blocks: Tensor) -> int:
 
 def _split(blocks: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows kept out, and those of all steps: in another order every time all have been seen."""
+    check_length(blocks)
     rows, held = _rows_of_step(blocks), _kept_out(blocks)
-    if not long_enough(blocks):
-        raise ConversionError(
-            f"Distillation needs at least {_least_rows(blocks) * blocks.shape[1]:,} tokens of "
-            f"calibration text, there are {blocks.numel():,}; give more text or "
-            "`distill_steps` 0."
-        )
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(blocks), generator=generator)
     train = shuffled[held:]

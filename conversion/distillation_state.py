@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ def fingerprint(
 
 
 def check_state_file(file: Path, steps: int | None) -> None:
-    """Check, before hours of work, that a state could be written.
+    """Check, before hours of work, that a state could be written, and that none is overwritten.
 
     Raises:
-        ConversionError: there are no steps to keep the state of, or the folder cannot be written.
+        ConversionError: there are no steps to keep the state of, the folder cannot be written, or
+            the file holds something else.
     """
     if steps == 0:
         raise ConversionError("`distill_state` keeps a distillation, but `distill_steps` is 0.")
@@ -37,6 +39,8 @@ def check_state_file(file: Path, steps: int | None) -> None:
         raise ConversionError(
             f"`distill_state` {str(file)!r} must name a file in a folder that can be written."
         )
+    if file.exists():
+        _read(file)
 
 
 def save_state(file: Path, key: str, state: dict[str, Any]) -> None:
@@ -45,15 +49,20 @@ def save_state(file: Path, key: str, state: dict[str, Any]) -> None:
     Raises:
         ConversionError: the file cannot be written.
     """
-    partial = file.with_name(file.name + ".partial")
+    partial = None
     try:
-        torch.save({"key": key, "state": state}, partial)
+        handle, partial = tempfile.mkstemp(prefix=f".{file.name}.partial-", dir=file.parent)
+        with open(handle, "wb") as stream:
+            torch.save({"key": key, "state": state}, stream)
         os.replace(partial, file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter from the writer within torch.save
         raise ConversionError(
-            f"The state of the distillation cannot be written to {str(file)!r}: {error.strerror}."
+            f"The state of the distillation cannot be written to {str(file)!r}: {error}. Free some "
+            "space, or name another file."
         ) from error
+    finally:
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)
 
 
 def load_state(file: Path, key: str) -> dict[str, Any] | None:
@@ -64,17 +73,20 @@ def load_state(file: Path, key: str) -> dict[str, Any] | None:
     """
     if not file.exists():
         return None
-    try:
-        content = torch.load(file, weights_only=True)
-        found, state = content["key"], content["state"]
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise ConversionError(
-            f"{str(file)!r} holds no state of a distillation; remove it or name another file."
-        ) from error
+    found, state = _read(file)
     if found != key:
         raise ConversionError(
             f"{str(file)!r} is of another distillation (another model, text, size or option); "
             "remove it or name another file."
         )
-    loaded: dict[str, Any] = state
-    return loaded
+    return state
+
+
+def _read(file: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        content = torch.load(file, weights_only=True)
+        return content["key"], content["state"]
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise ConversionError(
+            f"{str(file)!r} holds no state of a distillation; remove it or name another file."
+        ) from error

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_vqlogits import VQLogitsHead
+from hf_vqlogits.coded import score_scale
 from hf_vqlogits.embedding import VQEmbedding, family_scale
-from hf_vqlogits.head import score_scale
 
 from .calibration import ROWS
 from .errors import ConversionError

@@ -58,10 +58,20 @@ class TokenMetric:
         return self.weight[tokens] * (difference.square().sum(1) + along.square())
 
     def pull(self, difference: Tensor, tokens: slice) -> Tensor:
-        """The metric's matrix times each difference: half the gradient of `error`, (n, D)."""
+        """Half the gradient of `error`, (n, D), for differences (n, D)."""
+        return self.stretch(difference, tokens).mul_(self.weight[tokens, None])
+
+    def stretch(self, difference: Tensor, tokens: slice) -> Tensor:
+        """(I + m m^T) e for differences e (n, D): the metric's matrix but for the weight."""
         context = self.context[tokens]
         along = (difference * context).sum(1, keepdim=True)
-        return torch.addcmul(difference, along, context).mul_(self.weight[tokens, None])
+        return torch.addcmul(difference, along, context)
+
+    def shrink(self, difference: Tensor, tokens: slice) -> Tensor:
+        """The inverse of [`stretch`], (n, D), by the formula of Sherman and Morrison."""
+        context = self.context[tokens]
+        along = (difference * context).sum(1, keepdim=True)
+        return difference - context * (along / (1 + context.square().sum(1, keepdim=True)))
 
     def product_form(self, codebook: Tensor) -> tuple[Tensor, Tensor]:
         """Whitened codebook (R, D) to (R, d) and biases (R,) for raw hidden states."""

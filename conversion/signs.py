@@ -249,19 +249,3 @@ def _levels(signs: Tensor, fine: Tensor) -> Tensor:
     levels = signs.to(torch.bfloat16)  # exact: +-0.5, +-1, +-1.5
     levels[: len(fine)].add_(fine, alpha=FINE_FACTOR)
     return levels
-
-
-def fit_signs(
-    weight: Tensor,
-    statistics: CalibrationStatistics,
-    *,
-    num_codebooks: int,
-    num_fine_tokens: int = 0,
-    bias: Tensor | None = None,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    progress: Progress | None = None,
-) -> SignFit:
-    """Sign codes of one size; see `SignFitter` for arguments and errors."""
-    fitter = SignFitter(weight, statistics, bias=bias, seed=seed, device=device, progress=progress)
-    return fitter.fit(num_codebooks, num_fine_tokens)

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .code_checks import check_fine_ids, check_padding, fine_codes_below
-from .head import score_scale
+from .coded import CodedLayer, score_scale
 
 # The tensors that a tied embedding has in common with the head.
 SHARED = ("codebook", "codes", "fine_codes", "fine_ids")
 
 
-class VQEmbedding(nn.Module):
+class VQEmbedding(CodedLayer):
     """Input embedding whose V x d table is a small codebook and a sign code per token.
 
     Equivalent to `nn.functional.embedding(ids, embedding.weight) * embed_scale`, without the table.
@@ -56,10 +55,6 @@ class VQEmbedding(nn.Module):
         torch.Size([1, 3, 768])
     """
 
-    codes: Tensor
-    fine_codes: Tensor | None
-    fine_ids: Tensor | None
-
     def __init__(
         self,
         num_embeddings: int,
@@ -79,11 +74,7 @@ class VQEmbedding(nn.Module):
         self.codebook = nn.Parameter(torch.empty(num_codebooks, embedding_dim))
         self.offset = nn.Parameter(torch.empty(embedding_dim))
         codes = torch.empty(num_embeddings, -(-num_codebooks // 8), dtype=torch.uint8)
-        self.register_buffer("codes", codes)
-        fine = num_fine_tokens
-        ids = torch.empty(fine, dtype=torch.int32) if fine else None
-        self.register_buffer("fine_codes", codes.new_empty(fine, codes.shape[1]) if fine else None)
-        self.register_buffer("fine_ids", ids)
+        self._register_codes(codes, num_fine_tokens)
         self.reset_parameters()
 
     @classmethod
@@ -112,11 +103,6 @@ class VQEmbedding(nn.Module):
         return self.codes.shape[0]
 
     @property
-    def num_fine_tokens(self) -> int:
-        """F, how many tokens have a second code."""
-        return 0 if self.fine_ids is None else len(self.fine_ids)
-
-    @property
     @torch.no_grad()
     def weight(self) -> Tensor:
         """The dense table (V, d) before the family's scale, written out anew at every access.
@@ -131,35 +117,14 @@ class VQEmbedding(nn.Module):
     def initial_tensors(self) -> dict[str, Tensor]:
         """Random tensors to be trained from scratch, by name, drawn on the CPU.
 
-        Codes are uniform; codewords are normal with the deviation that gives rows the variance of
-        a dense embedding initialised at 0.02.
+        Codes are uniform, second codes are of the first tokens; codewords are normal with the
+        deviation that gives rows the variance of a dense embedding initialised at 0.02.
         """
-        terms, device = self.num_codebooks, torch.device("cpu")
-        deviation = 0.02 / (self.score_scale * terms**0.5)
-        shapes, fine_tokens = {"codes": self.codes.shape}, self.num_fine_tokens
-        if self.fine_codes is not None:
-            shapes["fine_codes"] = self.fine_codes.shape
-        codes = {
-            name: torch.randint(0, 256, tuple(shape), dtype=torch.uint8, device=device)
-            for name, shape in shapes.items()
-        }
-        for one in codes.values():
-            one[:, -1] &= 255 >> (-terms % 8)  # padding bits are 0
-        if fine_tokens:
-            codes["fine_ids"] = torch.arange(fine_tokens, dtype=torch.int32, device=device)
         return {
-            "codebook": torch.randn(self.codebook.shape, device=device) * deviation,
-            "offset": torch.zeros(self.embedding_dim, device=device),
-            **codes,
+            "codebook": self._initial_codebook(),
+            "offset": torch.zeros(self.embedding_dim, device="cpu"),
+            **self._initial_sign_codes(),
         }
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the embedding anew from PyTorch's global generator; nothing happens on `meta`."""
-        if self.codebook.is_meta:
-            return
-        for name, value in self.initial_tensors().items():
-            getattr(self, name).copy_(value)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Rows of tokens: (...) int64 or int32 -> (..., d) in the type of the codebook."""
@@ -184,10 +149,7 @@ class VQEmbedding(nn.Module):
 
     def set_codes(self, codes: Tensor) -> None:
         """Take codes of another vocabulary (V, ceil(R / 8)); second codes stay, where they can."""
-        self.codes = codes
-        self.fine_ids, self.fine_codes = fine_codes_below(
-            self.fine_ids, self.fine_codes, len(codes)
-        )
+        super().set_codes(codes)
         if self.padding_idx is not None and self.padding_idx >= len(codes):
             self.padding_idx = None
 
@@ -198,15 +160,14 @@ class VQEmbedding(nn.Module):
             ValueError: a code sets a bit above R, or the tokens with a second code are not
                 different ones of the vocabulary, ascending.
         """
-        check_padding("codes", self.codes, self.num_codebooks)
-        check_padding("fine_codes", self.fine_codes, self.num_codebooks)
-        check_fine_ids(self.fine_ids, self.num_embeddings)
+        self._check_sign_codes()
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, num_codebooks={self.num_codebooks}, "
-            f"padding_idx={self.padding_idx}, embed_scale={self.embed_scale}"
+            f"num_fine_tokens={self.num_fine_tokens}, padding_idx={self.padding_idx}, "
+            f"embed_scale={self.embed_scale}"
         )
 
     def storage(self) -> dict[str, Any]:
@@ -216,12 +177,10 @@ class VQEmbedding(nn.Module):
             `float_parameters` (codebook and offset), `codes_bytes` and `total_bytes`.
         """
         floats = (self.codebook, self.offset)
-        codes = [t for t in (self.codes, self.fine_codes, self.fine_ids) if t is not None]
-        codes_bytes = sum(t.numel() * t.element_size() for t in codes)
         return {
             "float_parameters": sum(t.numel() for t in floats),
-            "codes_bytes": codes_bytes,
-            "total_bytes": codes_bytes + sum(t.numel() * t.element_size() for t in floats),
+            "codes_bytes": self.codes_bytes,
+            "total_bytes": self.codes_bytes + sum(t.numel() * t.element_size() for t in floats),
         }
 
 

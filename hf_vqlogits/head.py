@@ -18,20 +18,14 @@ of Adam, which moves every codeword by the learning rate, would move it up to G 
 a row of a dense layer. G = 1 is the VQ-Logits paper's layer.
 """
 
-import math
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .code_checks import check_fine_ids, check_padding, fine_codes_below
+from .coded import WHERE_FROM, CodedLayer, score_scale
 from .ops import eager
-
-
-def score_scale(num_codebooks: int) -> float:
-    """The power of two nearest to one over the number of terms of a logit, G or R."""
-    return 2.0 ** -round(math.log2(num_codebooks))
 
 
 class HeadConfig(Protocol):
@@ -55,7 +49,7 @@ class HeadConfig(Protocol):
         ...
 
 
-class VQLogitsHead(nn.Module):
+class VQLogitsHead(CodedLayer):
     """Output layer whose V x d weight is a small codebook and a code per token.
 
     Equivalent to `nn.Linear` with `weight, bias = head.to_linear()`, followed by the scale and
@@ -85,9 +79,6 @@ class VQLogitsHead(nn.Module):
         torch.Size([2, 3, 50257])
     """
 
-    codes: Tensor
-    fine_codes: Tensor | None
-    fine_ids: Tensor | None
     hidden_mean: Tensor
     fold_direction: Tensor
 
@@ -110,11 +101,7 @@ class VQLogitsHead(nn.Module):
             codes = torch.empty(config.vocab_size, self.num_codebooks, dtype=dtype)
         self.codebook = nn.Parameter(torch.empty(*shape, self.in_features))
         self.codebook_bias = nn.Parameter(torch.empty(*shape))
-        self.register_buffer("codes", codes)
-        fine = config.num_fine_tokens
-        ids = torch.empty(fine, dtype=torch.int32) if fine else None
-        self.register_buffer("fine_codes", codes.new_empty(fine, codes.shape[1]) if fine else None)
-        self.register_buffer("fine_ids", ids)
+        self._register_codes(codes, config.num_fine_tokens)
         self.register_buffer("hidden_mean", torch.empty(self.in_features))
         self.register_buffer("fold_direction", torch.empty(self.in_features))
         self.reset_parameters()
@@ -124,49 +111,25 @@ class VQLogitsHead(nn.Module):
         """V."""
         return self.codes.shape[0]
 
-    @property
-    def num_fine_tokens(self) -> int:
-        """F, how many tokens have a second code."""
-        return 0 if self.fine_ids is None else len(self.fine_ids)
-
     def initial_tensors(self) -> dict[str, Tensor]:
         """Random tensors of a head to be trained from scratch, by name, drawn on the CPU.
 
         Codes are uniform, second codes are of the first tokens; codewords are normal with the
         deviation that gives logits the variance of a dense layer initialised at 0.02.
         """
-        terms, shape, device = self.num_codebooks, tuple(self.codes.shape), torch.device("cpu")
-        deviation = 0.02 / (self.score_scale * terms**0.5)
-
-        def random_bits(count: int) -> Tensor:
-            bits = torch.randint(0, 256, (count, shape[1]), dtype=torch.uint8, device=device)
-            bits[:, -1] &= 255 >> (-terms % 8)  # padding bits are 0
-            return bits
-
         if self.code_type == "sign":
-            codes = random_bits(shape[0])
+            codes = self._initial_sign_codes()
         else:
-            codes = torch.randint(0, self.codebook_size, shape, device=device)
-        fine = {}
-        if self.num_fine_tokens:
-            fine["fine_codes"] = random_bits(self.num_fine_tokens)
-            fine["fine_ids"] = torch.arange(self.num_fine_tokens, dtype=torch.int32, device=device)
+            shape = tuple(self.codes.shape)
+            drawn = torch.randint(0, self.codebook_size, shape, device="cpu")
+            codes = {"codes": drawn.to(self.codes.dtype)}
         return {
-            "codebook": torch.randn(self.codebook.shape, device=device) * deviation,
-            "codebook_bias": torch.zeros(self.codebook_bias.shape, device=device),
-            "codes": codes.to(self.codes.dtype),
-            **fine,
-            "hidden_mean": torch.zeros(self.in_features, device=device),
-            "fold_direction": torch.zeros(self.in_features, device=device),
+            "codebook": self._initial_codebook(),
+            "codebook_bias": torch.zeros(self.codebook_bias.shape, device="cpu"),
+            **codes,
+            "hidden_mean": torch.zeros(self.in_features, device="cpu"),
+            "fold_direction": torch.zeros(self.in_features, device="cpu"),
         }
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the head anew from PyTorch's global generator; nothing happens on `meta`."""
-        if self.codebook.is_meta:
-            return
-        for name, value in self.initial_tensors().items():
-            getattr(self, name).copy_(value)
 
     def scores(self, hidden_states: Tensor) -> Tensor:
         """Scores of the codewords: (N, d) -> (N, R) for sign codes, (N, G, K) for index codes."""
@@ -260,18 +223,10 @@ class VQLogitsHead(nn.Module):
         columns = self.score_scale * columns.to(torch.promote_types(columns.dtype, torch.float32))
         # Codewords times codes is `expand` with the columns of the codebook as rows of scores; the
         # compiled kernels round to 16 bits what is to be exact here.
-        columns = columns.movedim(-1, 0)
-        dense = eager.expand(columns, self.codes, self.code_type)
-        if self.fine_ids is not None and self.fine_codes is not None:
-            fine = eager.expand(columns, self.fine_codes, self.code_type)
-            eager.add_fine_(dense, fine, self.fine_ids)
-        return dense[:-1].T.contiguous(), dense[-1].clone()
-
-    def keep_fine_codes_below(self, vocab_size: int) -> None:
-        """Drop the second codes of tokens that a smaller vocabulary has no longer."""
-        self.fine_ids, self.fine_codes = fine_codes_below(
-            self.fine_ids, self.fine_codes, vocab_size
+        dense = eager.expand(
+            columns.movedim(-1, 0), self.codes, self.code_type, self.fine_ids, self.fine_codes
         )
+        return dense[:-1].T.contiguous(), dense[-1].clone()
 
     def check_codes(self) -> None:
         """Check that the codes are possible ones.
@@ -281,9 +236,7 @@ class VQLogitsHead(nn.Module):
                 tokens with a second code are not different ones of the vocabulary, ascending.
         """
         if self.code_type == "sign":
-            check_padding("codes", self.codes, self.num_codebooks)
-            check_padding("fine_codes", self.fine_codes, self.num_codebooks)
-            check_fine_ids(self.fine_ids, self.out_features)
+            self._check_sign_codes()
             return
         wrong = (self.codes.int() < 0) | (self.codes.int() >= self.codebook_size)
         if bool(wrong.any()):
@@ -291,8 +244,7 @@ class VQLogitsHead(nn.Module):
             raise ValueError(
                 f"`codes` of token {token} names codeword {int(self.codes[token, book])} of "
                 f"codebook {book}, but `codebook_size` is {self.codebook_size} (codes run from 0 "
-                f"to {self.codebook_size - 1}): the checkpoint is damaged or its config.json "
-                "belongs to another head."
+                f"to {self.codebook_size - 1}): {WHERE_FROM}"
             )
 
     def extra_repr(self) -> str:
@@ -316,14 +268,12 @@ class VQLogitsHead(nn.Module):
         else:
             bits = self.num_codebooks * (self.codebook_size - 1).bit_length()
         floats = (self.codebook, self.codebook_bias)
-        codes = [t for t in (self.codes, self.fine_codes, self.fine_ids) if t is not None]
         codebook_bytes = sum(t.numel() * t.element_size() for t in floats)
-        codes_bytes = sum(t.numel() * t.element_size() for t in codes)
         return {
             "bits_per_token": bits,
             "bits_per_weight": bits / self.in_features,
             "float_parameters": sum(t.numel() for t in floats),
-            "codes_bytes": codes_bytes,
+            "codes_bytes": self.codes_bytes,
             "codebook_bytes": codebook_bytes,
-            "total_bytes": codes_bytes + codebook_bytes,
+            "total_bytes": self.codes_bytes + codebook_bytes,
         }

@@ -404,13 +404,12 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
         else:
             embedding = self.model.resize_token_embeddings(size, mean_resizing=mean_resizing)
         self.vocab_size = size
-        self.lm_head.codes = codes
-        self.lm_head.keep_fine_codes_below(size)
+        self.lm_head.set_codes(codes)
         self.config.num_fine_tokens = self.lm_head.num_fine_tokens
         if tied:
-            embedding.fine_codes, embedding.fine_ids = (
-                self.lm_head.fine_codes,
-                self.lm_head.fine_ids,
+            self.lm_head.fine_codes, self.lm_head.fine_ids = (
+                embedding.fine_codes,
+                embedding.fine_ids,
             )
             self.follow_parts()
         return embedding

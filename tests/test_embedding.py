@@ -32,9 +32,8 @@ def test_it_looks_like_an_embedding():
     assert (embedding.num_embeddings, embedding.embedding_dim) == (VOCABULARY, 16)
     assert embedding.weight.shape == (VOCABULARY, 16)
     assert not embedding.weight.requires_grad
-    assert (
-        repr(embedding) == "VQEmbedding(61, 16, num_codebooks=19, padding_idx=0, embed_scale=None)"
-    )
+    sizes = "61, 16, num_codebooks=19, num_fine_tokens=0, padding_idx=0, embed_scale=None"
+    assert repr(embedding) == f"VQEmbedding({sizes})"
     assert embedding.storage() == {
         "float_parameters": 20 * 16,
         "codes_bytes": VOCABULARY * 3,

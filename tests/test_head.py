@@ -253,7 +253,8 @@ def test_a_smaller_vocabulary_drops_second_codes(size, kept):
     head = make_head(CODES["sign, second codes"])
     head.fine_ids.copy_(head.fine_ids.flip(0))
     before = dict(zip(head.fine_ids.tolist(), head.fine_codes.tolist(), strict=True))
-    head.keep_fine_codes_below(size)
+    head.set_codes(head.codes[:size])
+    assert head.out_features == size
     assert head.num_fine_tokens == kept
     after = zip(head.fine_ids.tolist(), head.fine_codes.tolist(), strict=True)
     assert all(before[token] == code for token, code in after)
@@ -262,7 +263,7 @@ def test_a_smaller_vocabulary_drops_second_codes(size, kept):
 def test_a_smaller_vocabulary_may_have_no_second_codes():
     head = make_head(CODES["sign, second codes"])
     head.fine_ids += 100
-    head.keep_fine_codes_below(50)
+    head.set_codes(head.codes[:50])
     assert head.fine_ids is None
     assert "fine_codes" not in head.state_dict()
 

@@ -109,9 +109,21 @@ def scores(hidden: Tensor, codebook: Tensor, codebook_bias: Tensor, *, scale: fl
     return flat.view(-1, *codebook_bias.shape)
 
 
-def expand(scores: Tensor, codes: Tensor, code_type: str) -> Tensor:
-    """Logits (N, V) of scores (N, R) or (N, G, K): the two equations above."""
-    return _expand_signs(scores, codes) if code_type == "sign" else _expand_indices(scores, codes)
+def expand(
+    scores: Tensor,
+    codes: Tensor,
+    code_type: str,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
+) -> Tensor:
+    """Logits (N, V) of scores (N, R) or (N, G, K): the equations above."""
+    if code_type != "sign":
+        return _expand_indices(scores, codes)
+    if fine_ids is None or fine_codes is None:
+        return _expand_signs(scores, codes)
+    exact = scores.to(sum_dtype(scores.dtype))  # two sums, to be rounded once
+    logits, fine_logits = _expand_signs(exact, codes), _expand_signs(exact, fine_codes)
+    return add_fine_(logits, fine_logits, fine_ids).to(scores.dtype)
 
 
 def expand_backward(grad: Tensor, codes: Tensor, code_type: str, shape: tuple[int, ...]) -> Tensor:

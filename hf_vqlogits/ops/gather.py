@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .registration import LIBRARY, check_fine, without_autocast
+from .registration import FINE, LIBRARY, check_fine, without_autocast
 
 TAGS = (torch.Tag.pt2_compliant_tag,)
-FINE = "Tensor? fine_ids, Tensor? fine_codes"
 LIBRARY.define(
     f"gather_rows(Tensor codes, Tensor ids, Tensor codebook, float scale, {FINE}) -> Tensor",
     tags=TAGS,
@@ -41,8 +40,9 @@ def gather_rows(
 ) -> Tensor:
     """Rows of tokens whose sign codes name codewords: what an embedding looks up.
 
-    Equivalent to `embedding(ids, scale * unpack_signs(codes, R) @ codebook)`, without the V x d
-    table. Differentiable in `codebook`.
+    Equivalent to `embedding(ids, scale * unpack_signs(codes, R) @ codebook)` without the V x d
+    table; half of the second codes' rows is added where there are any. Differentiable in
+    `codebook`.
 
     Args:
         codes: sign codes uint8 (V, ceil(R / 8)).
@@ -83,21 +83,13 @@ def _check(
             f"`codes` has shape {tuple(codes.shape)}, but a codebook of shape "
             f"{tuple(codebook.shape)} takes sign codes of shape (V, {width})."
         )
-    if fine_ids is not None or fine_codes is not None:
-        check_fine(codes, "sign", fine_ids, fine_codes)
+    check_fine(codes, "sign", fine_ids, fine_codes)
 
 
-def _compute(
-    codes: Tensor,
-    ids: Tensor,
-    codebook: Tensor,
-    scale: float,
-    fine_ids: Tensor | None,
-    fine_codes: Tensor | None,
-) -> Tensor:
-    _check(codes, ids, codebook, fine_ids, fine_codes)
+def _compute(codes: Tensor, ids: Tensor, codebook: Tensor, scale: float, *fine: Any) -> Tensor:
+    _check(codes, ids, codebook, *fine)
     with without_autocast(codebook.device):
-        return eager.gather_rows(codes, ids, codebook, scale, fine_ids, fine_codes)
+        return eager.gather_rows(codes, ids, codebook, scale, *fine)
 
 
 def _compute_backward(grad: Tensor, *options: Any) -> Tensor:
@@ -105,15 +97,8 @@ def _compute_backward(grad: Tensor, *options: Any) -> Tensor:
         return eager.gather_rows_backward(grad, *options)
 
 
-def _shape(
-    codes: Tensor,
-    ids: Tensor,
-    codebook: Tensor,
-    scale: float,
-    fine_ids: Tensor | None,
-    fine_codes: Tensor | None,
-) -> Tensor:
-    _check(codes, ids, codebook, fine_ids, fine_codes)
+def _shape(codes: Tensor, ids: Tensor, codebook: Tensor, scale: float, *fine: Any) -> Tensor:
+    _check(codes, ids, codebook, *fine)
     return codebook.new_empty(ids.shape[0], codebook.shape[1])
 
 

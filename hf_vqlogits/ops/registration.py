@@ -21,7 +21,8 @@ CODE_TYPES = ("sign", "index")
 # logits takes some 150. CUDA graphs may not record what reads the environment and keeps matrices.
 LIBRARY = torch.library.Library("vqlogits", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-CODES = "Tensor codes, str code_type, Tensor? fine_ids, Tensor? fine_codes"
+FINE = "Tensor? fine_ids, Tensor? fine_codes"
+CODES = f"Tensor codes, str code_type, {FINE}"
 LIBRARY.define(f"expand(Tensor scores, {CODES}) -> Tensor", tags=TAGS)
 LIBRARY.define(f"expand_backward(Tensor grad, {CODES}, SymInt[] shape) -> Tensor", tags=TAGS)
 
@@ -36,7 +37,8 @@ def expand(
 ) -> Tensor:
     """Sum the scores that every token's code names: logits.
 
-    For sign codes equivalent to `scores @ unpack_signs(codes, R).T`, for index codes to
+    For sign codes equivalent to `scores @ S.T` with `S = unpack_signs(codes, R)`, to whose rows
+    `fine_ids` half of `unpack_signs(fine_codes, R)` is added; for index codes to
     `sum(scores[:, g, codes[:, g].int()] for g in range(G))`. Differentiable in `scores`.
 
     Args:
@@ -52,9 +54,10 @@ def expand(
         and makes a row with NaN or infinite scores NaN as a whole.
 
     Raises:
-        TypeError: `scores` or `codes` has a type that the operation does not know.
-        ValueError: shapes or devices do not go together, `code_type` is unknown, or the environment
-            variable `VQLOGITS_BACKEND`, which forces a backend, is (see `backends.py`).
+        TypeError: a tensor has a type that the operation does not know.
+        ValueError: shapes or devices do not go together, second codes come with index codes or
+            without their tokens, `code_type` is unknown, or the environment variable
+            `VQLOGITS_BACKEND`, which forces a backend, is (see `backends.py`).
         RuntimeError: that variable forces a kernel that is missing or does not know such tensors.
         IndexError: an index code lies outside 0..K-1 (by the compiled kernels; elsewhere whatever
             PyTorch's own indexing raises on the device).
@@ -153,14 +156,15 @@ def check(
         raise ValueError(
             f"`scores` is on {scores.device} but `codes` on {codes.device}; move one to the other."
         )
-    if fine_ids is not None or fine_codes is not None:
-        check_fine(codes, code_type, fine_ids, fine_codes)
+    check_fine(codes, code_type, fine_ids, fine_codes)
 
 
 def check_fine(
     codes: Tensor, code_type: str, fine_ids: Tensor | None, fine_codes: Tensor | None
 ) -> None:
-    """Raise what [`expand`] documents of second codes, of which one tensor at least is there."""
+    """Raise what [`expand`] documents of second codes, where there are any."""
+    if fine_ids is None and fine_codes is None:
+        return
     if code_type != "sign":
         raise ValueError("Second codes (`fine_ids`, `fine_codes`) go with sign codes only.")
     if fine_ids is None or fine_codes is None:
@@ -210,14 +214,8 @@ def _gradient_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.vqlogits.expand.default(grad, codes, ctx.code_type, *fine), *[None] * 5
 
 
-def _shape_of_expand(
-    scores: Tensor,
-    codes: Tensor,
-    code_type: str,
-    fine_ids: Tensor | None,
-    fine_codes: Tensor | None,
-) -> Tensor:
-    check(scores, codes, code_type, fine_ids, fine_codes)
+def _shape_of_expand(scores: Tensor, codes: Tensor, *others: Any) -> Tensor:
+    check(scores, codes, *others)
     return scores.new_empty(scores.shape[0], codes.shape[0])
 
 

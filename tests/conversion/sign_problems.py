@@ -1,9 +1,12 @@
 """Small output layers with the statistics of a text, for the tests of the sign codes."""
 
+from typing import Any
+
 import torch
 
 from hf_vqlogits.conversion.calibration import CalibrationStatistics, StatisticsAccumulator
 from hf_vqlogits.conversion.metric import TokenMetric
+from hf_vqlogits.conversion.signs import SignFit, SignFitter
 
 
 def problem(
@@ -42,3 +45,15 @@ def random_signs(tokens: int, bits: int, *, seed: int = 0) -> torch.Tensor:
     """Signs (V, R), int8."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, (tokens, bits), generator=generator, dtype=torch.int8) * 2 - 1
+
+
+def fit_signs(
+    weight: torch.Tensor,
+    statistics: CalibrationStatistics,
+    *,
+    num_codebooks: int,
+    num_fine_tokens: int = 0,
+    **options: Any,
+) -> SignFit:
+    """Sign codes of one size."""
+    return SignFitter(weight, statistics, **options).fit(num_codebooks, num_fine_tokens)

@@ -1,17 +1,19 @@
 import pytest
 import torch
+from sign_problems import fit_signs
 from transformers import GPT2Config
 
-from hf_vqlogits import VQLogitsConfig, VQLogitsHead
+from hf_vqlogits import VQLogitsConfig, VQLogitsHead, ops
 from hf_vqlogits.conversion.calibration import StatisticsAccumulator
 from hf_vqlogits.conversion.code_learning import (
+    FLIPS,
     levels_of,
     move_codes,
     slope_of_divergence,
     whitened_codebook,
 )
+from hf_vqlogits.conversion.distillation import held_out_kl
 from hf_vqlogits.conversion.metric import token_metric
-from hf_vqlogits.conversion.signs import fit_signs
 
 V, D, R = 80, 10, 24
 AFTER = {"plain": {}, "scaled and capped": {"logit_scale": 0.7, "final_logit_softcapping": 4.0}}
@@ -83,10 +85,12 @@ def test_gradient_is_that_of_autograd_in_float64(setting, after, monkeypatch):
     log_q = torch.log_softmax(postprocess(x.double() @ vectors.T, after), -1)
     total = (log_p.exp() * (log_p - log_q)).sum()
     total.backward()
-    assert slope.positions == 50
-    assert slope.divergence == pytest.approx(float(total) / 50, rel=1e-3)
     torch.testing.assert_close(slope.gradient.double(), vectors.grad, atol=1e-3, rtol=1e-3)
-    assert bool((slope.curvature >= 0).all())
+    raw = (x.double() @ vectors.detach().T).requires_grad_()
+    (inner,) = torch.autograd.grad(postprocess(raw, after).sum(), raw)
+    q = log_q.detach().exp()
+    curvature = (q * (1 - q) * inner.square()).sum(0)
+    torch.testing.assert_close(slope.curvature.double(), curvature, atol=1e-3, rtol=1e-3)
 
 
 def test_moving_codes_lowers_the_divergence_on_other_text(setting):
@@ -94,14 +98,12 @@ def test_moving_codes_lowers_the_divergence_on_other_text(setting):
     other = hidden_states(2000, 2)
     codebook = head.codebook.clone()
     head.codes[:, 0] ^= 4  # a bit of every token is wrong
-    before = slope_of_divergence(head, metric, teacher, [other]).divergence
-    flipped = 0.0
+    before, codes = held_out_kl(head, [other], teacher), head.codes.clone()
     for _ in range(4):
-        slope = slope_of_divergence(head, metric, teacher, [hidden])
-        flipped += move_codes(head, metric, slope, 2.0)
-    after = slope_of_divergence(head, metric, teacher, [other]).divergence
-    assert 0 < flipped < 4 * 5 / R  # at most five bits of a token and iteration
-    assert after < 0.8 * before
+        move_codes(head, metric, slope_of_divergence(head, metric, teacher, [hidden]), 2.0)
+    flips = (ops.unpack_signs(codes, R) != ops.unpack_signs(head.codes, R)).sum(1)
+    assert 0 < int(flips.max()) <= 4 * FLIPS
+    assert held_out_kl(head, [other], teacher) < 0.8 * before
     assert torch.equal(head.codebook, codebook)
     head.check_codes()
 
@@ -110,11 +112,5 @@ def test_strong_damping_moves_nothing(setting):
     head, metric, teacher, hidden = setting
     codes = head.codes.clone()
     slope = slope_of_divergence(head, metric, teacher, [hidden])
-    assert move_codes(head, metric, slope, 1e9) == 0
+    move_codes(head, metric, slope, 1e9)
     assert torch.equal(head.codes, codes)
-
-
-def test_no_text(setting):
-    head, metric, teacher, _ = setting
-    with pytest.raises(ValueError, match="no hidden states to learn codes from"):
-        slope_of_divergence(head, metric, teacher, [])

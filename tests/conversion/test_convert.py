@@ -18,6 +18,7 @@ from hf_vqlogits.conversion import (
     convert_to_vq,
     corpus,
     distillation,
+    quantise,
 )
 from hf_vqlogits.conversion.assessment import assess
 from hf_vqlogits.conversion.cli import main, parser
@@ -239,6 +240,13 @@ def test_too_little_text_for_the_default_distillation(tiny_folder, monkeypatch):
     report = convert_to_vq(tiny_folder, bits=8, calibration_data="self", calibration_tokens=500)
     assert "distillation" not in report.fit
     assert any("too little calibration text for a distillation" in note for note in report.notes)
+
+
+def test_too_little_text_for_the_distillation_asked_for(tiny_folder, monkeypatch):
+    monkeypatch.setattr(quantise.Quantiser, "calibrate", None)  # it is told before
+    options = {"bits": 8, "calibration_data": "self", "calibration_tokens": 500}
+    with pytest.raises(ConversionError, match="Distillation needs at least .* tokens"):
+        convert_to_vq(tiny_folder, **options, distill_steps=3)
 
 
 def test_an_interrupted_conversion_goes_on(tiny_folder, text_file, tmp_path, monkeypatch):

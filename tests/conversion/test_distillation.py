@@ -144,29 +144,53 @@ def test_an_interrupted_run_goes_on_to_the_same_head(setting, tmp_path, after):
 
 def test_the_state_of_another_run_is_refused(setting, tmp_path):
     file = tmp_path / "state"
+    start = {k: v.clone() for k, v in setting.head.state_dict().items()}
+    options = {"state_file": file, "metric": setting.metric}
 
     def interrupt(made, kl):
-        if made:
+        if made > 4:  # the state after four steps has been written
             raise Interrupt
 
-    start = {k: v.clone() for k, v in setting.head.state_dict().items()}
     with pytest.raises(Interrupt, match="^$"):
-        setting.distill(20, state_file=file, metric=setting.metric, notify=interrupt)
-    setting.head.load_state_dict(start)
-    with pytest.raises(Interrupt, match="^$"):
-        setting.distill(
-            20,
-            state_file=file,
-            metric=setting.metric,
-            notify=lambda made, kl: interrupt(made - 8, kl) if made > 8 else None,
-        )
+        setting.distill(20, notify=interrupt, **options)
+    kept = file.read_bytes()
     setting.head.load_state_dict(start)
     with pytest.raises(ConversionError, match="is of another distillation"):
-        setting.distill(21, state_file=file, metric=setting.metric)
-    file.write_bytes(b"something else")
-    with pytest.raises(ConversionError, match="holds no state of a distillation"):
-        setting.distill(20, state_file=file, metric=setting.metric)
-    assert file.read_bytes() == b"something else"
+        setting.distill(21, **options)
+    assert file.read_bytes() == kept
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_is_no_state_is_refused_and_kept(setting, tmp_path):
+    file = tmp_path / "thesis"
+    file.write_bytes(b"years of work")
+    for call in (
+        lambda: check_state_file(file, 20),
+        lambda: setting.distill(20, state_file=file),
+    ):
+        with pytest.raises(ConversionError, match="holds no state of a distillation; remove it"):
+            call()
+    assert file.read_bytes() == b"years of work"
+
+
+def test_a_disk_that_is_full(setting, tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ConversionError, match="cannot be written to .*: file write failed. Free"):
+        setting.distill(20, state_file=tmp_path / "state", metric=setting.metric)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_that_codes_do_not_need_go_to_the_codebook(setting, monkeypatch):
+    """Where no move of the codes helps, the training is as long all the same."""
+    monkeypatch.setattr(distillation, "move_codes", lambda *_: None)
+    done = setting.distill(60, metric=setting.metric, learning_rate=0.1)
+    made = [steps for steps, _ in done.history]
+    assert made[:5] == [0, 4, 8, 12, 16]  # at dampings 4, 8, 16 and 32
+    assert made[5:] == [24, 32, 40, 48, 56, 60]
+    assert done.kl_after < 0.9 * done.kl_before
 
 
 def test_divergence_against_a_float64_reference(setting):

@@ -82,3 +82,17 @@ def test_wrong_input_is_refused_by_name():
     weight[30, 0] = -torch.inf
     with pytest.raises(ValueError, match=r"`weight` holds NaN or infinity in 2 of 40 rows \(2, 30"):
         token_metric(weight, statistics, bias=bias)
+
+
+def test_stretch_is_the_matrix_of_the_error_and_shrink_undoes_it():
+    weight, bias, statistics = problem(vocab=40, size=5)
+    metric = token_metric(weight, statistics, bias=bias)
+    change = torch.randn(40, 6, requires_grad=True)
+    metric.error(change).sum().backward()
+    every = slice(None)
+    stretched = metric.stretch(change.detach(), every)
+    torch.testing.assert_close(2 * metric.weight[:, None] * stretched, change.grad)
+    torch.testing.assert_close(2 * metric.pull(change.detach(), every), change.grad)
+    torch.testing.assert_close(metric.shrink(stretched, every), change.detach())
+    first = slice(3, 9)
+    torch.testing.assert_close(metric.stretch(change.detach()[first], first), stretched[first])

@@ -2,13 +2,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sign_problems import hidden_states, problem
+from sign_problems import fit_signs, hidden_states, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_vqlogits.conversion import sign_codebook, sign_greedy, signs
 from hf_vqlogits.conversion.calibration import StatisticsAccumulator
 from hf_vqlogits.conversion.metric import token_metric
-from hf_vqlogits.conversion.signs import SignFitter, fit_signs
+from hf_vqlogits.conversion.signs import SignFitter
 from hf_vqlogits.ops import unpack_signs
 
 
