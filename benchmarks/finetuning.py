@@ -3,12 +3,11 @@
     python -m benchmarks.finetuning --data DATA --output benchmarks/results/finetuning.json
 
 Both models see the same text, tokens and schedule; texts are the protocol's. The head is fitted to
-`--calibration-tokens` of them, evenly spaced, and both are judged by the first
-`--evaluation-tokens` of each text.
+`--calibration-tokens` of them, evenly spaced, and distilled as by default; both models are judged by
+the first `--evaluation-tokens` of each text.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -21,13 +20,14 @@ from transformers import AutoModelForCausalLM
 import hf_vqlogits  # noqa: F401 - registers the model type
 from hf_vqlogits.conversion.assessment import assess
 from hf_vqlogits.conversion.checkpoint import write_checkpoint
-from hf_vqlogits.conversion.environment import machine, versions
+from hf_vqlogits.conversion.convert import DISTILL_STEPS
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import choose_size
 from hf_vqlogits.conversion.source import Source
 from hf_vqlogits.conversion.streaming import hidden_states
 
 from .protocol import Case, load_case
+from .record import record, write
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 COMMANDS = {
@@ -78,12 +78,13 @@ def prepare(
     ]
     corpus.evaluation = corpus.evaluation[:EXAMPLE_ROWS]
     quantiser = Quantiser(case.parts, corpus, seed, show_progress=True)
-    statistics = quantiser.calibrate()
+    statistics = quantiser.calibrate(keep_states=True)
     vocab_size, hidden_size = case.parts.weight.shape
     size = choose_size(
         "signs", vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction
     )
     head = quantiser.sign_heads([size], statistics)[size]
+    quantiser.distill(head, DISTILL_STEPS, statistics)
     source = Source(case.name, dense.eval(), case.tokenizer, {})
     report = assess(quantiser, source, size, head, method="signs", rungs={})
     (folder / "vq").mkdir()
@@ -140,21 +141,19 @@ def main() -> None:
                 subprocess.run([*command, *words], check=True)
                 texts = perplexities(tuned, case, judged)
                 rows.append({"model": name, "example": example, "texts": texts})
-    result = {
-        "command": "python -m benchmarks.finetuning " + " ".join(sys.argv[1:]),
-        "param_reduction": options.param_reduction,
-        "steps": options.steps,
-        "learning_rate": float(options.learning_rate),
-        "calibration_tokens": options.calibration_tokens,
-        "evaluation_tokens_of_each_text": judged,
-        "schedule": SCHEDULE,
-        "seed": options.seed,
-        "machine": machine(),
-        "versions": versions(),
-        "rows": rows,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+    result = record(
+        "finetuning",
+        param_reduction=options.param_reduction,
+        steps=options.steps,
+        learning_rate=float(options.learning_rate),
+        calibration_tokens=options.calibration_tokens,
+        distill_steps=DISTILL_STEPS,
+        evaluation_tokens_of_each_text=judged,
+        schedule=SCHEDULE,
+        seed=options.seed,
+        rows=rows,
+    )
+    write(result, options.output)
     for row in rows:
         print(f"{row['model']:6} {row['example'] or 'before':10}", row["texts"])
 

@@ -19,7 +19,6 @@ How they are made comparable:
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -30,15 +29,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hf_vqlogits.conversion.environment import machine, versions
 from hf_vqlogits.conversion.metric import token_metric
 from hf_vqlogits.conversion.quantise import Quantiser
 
 from .peers.catalogue import FAMILIES, OURS
 from .peers.layer import Compressed, Layer, UnavailableError
-from .protocol import MODELS, Case, factor, load_case
+from .protocol import MODELS, Case, load_case
 from .quality_plot import plot
 from .rate_distortion import compare, sources
+from .record import record, score_of, write
 
 TOGETHER = 16  # layers judged in one pass over the text: 113 MB each for SmolLM2
 NOTES = [
@@ -80,7 +79,7 @@ def measure(case: Case, *, seed: int, quick: bool) -> tuple[list[dict[str, Any]]
                 row["rate_distortion"] = compare(
                     bounds, details["bits_per_token"], details["error"]
                 )
-            rows.append(row | _figures(name, scores))
+            rows.append(row | score_of(scores, name))
     for row in rows:
         row["calibration_seconds"] = quantiser.seconds["calibration"]
         row["calibration_tokens"] = case.calibration.numel()
@@ -110,22 +109,6 @@ def _candidates(
                 start = time.perf_counter()
         except UnavailableError as error:
             skipped.append({"model": layer.case.name, "peer": peer, "reason": str(error)})
-
-
-def _figures(name: str, scores: Any) -> dict[str, Any]:
-    return {
-        "factor": factor(scores, name),
-        "texts": {
-            text: {
-                "dense_perplexity": by_head["dense"].perplexity,
-                "perplexity": by_head[name].perplexity,
-                "factor": by_head[name].perplexity / by_head["dense"].perplexity,
-                "greedy_agreement": by_head[name].agreement,
-                "tokens": by_head[name].tokens,
-            }
-            for text, by_head in scores.items()
-        },
-    }
 
 
 def show(rows: list[dict[str, Any]], skipped: list[Any]) -> None:
@@ -158,7 +141,7 @@ def show(rows: list[dict[str, Any]], skipped: list[Any]) -> None:
             if row["peer"] == OURS and "float32" not in row["setting"]:
                 found = row["rate_distortion"]
                 limits.add_row(
-                    f"{row['details']['bits_per_token']:,}",
+                    f"{row['details']['bits_per_token']:,.0f}",
                     f"{found['error']:.2e}",
                     *(
                         cell
@@ -191,18 +174,16 @@ def main() -> None:
         more_rows, more_skipped = measure(case, seed=options.seed, quick=options.quick)
         rows += more_rows
         skipped += more_skipped
-    result = {
-        "command": "python -m benchmarks.quality " + " ".join(sys.argv[1:]),
-        "quick": options.quick,
-        "seed": options.seed,
-        "machine": machine(),
-        "versions": versions(*PEER_PACKAGES),
-        "notes": NOTES,
-        "rows": rows,
-        "skipped": skipped,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+    result = record(
+        "quality",
+        *PEER_PACKAGES,
+        quick=options.quick,
+        seed=options.seed,
+        notes=NOTES,
+        rows=rows,
+        skipped=skipped,
+    )
+    write(result, options.output)
     plot(rows, options.output.with_suffix(".png"))
     show(rows, skipped)
 

@@ -7,18 +7,16 @@ The command behind `benchmarks/results/quality_fit.json` and the table in the RE
 
 import argparse
 import copy
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from hf_vqlogits.conversion.convert import DISTILL_STEPS
-from hf_vqlogits.conversion.environment import machine, versions
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize, choose_size
 
-from .protocol import MODELS, Case, factor, load_case
+from .protocol import MODELS, Case, load_case
+from .record import record, score_of, write
 
 ROWS = (
     ("signs", 0.99),
@@ -81,17 +79,7 @@ def _row(
         "codebook_size": size.codebook_size,
         **storage,
         "dense_bytes_bfloat16": case.parts.weight.numel() * 2,
-        "factor": factor(scores, name),
-        "texts": {
-            text: {
-                "dense_perplexity": by_head["dense"].perplexity,
-                "perplexity": by_head[name].perplexity,
-                "factor": by_head[name].perplexity / by_head["dense"].perplexity,
-                "greedy_agreement": by_head[name].agreement,
-                "tokens": by_head[name].tokens,
-            }
-            for text, by_head in scores.items()
-        },
+        **score_of(scores, name),
         "seconds": seconds,
         "calibration_seconds": quantiser.seconds["calibration"],
         "calibration_tokens": case.calibration.numel(),
@@ -109,20 +97,13 @@ def main() -> None:
     p.add_argument("--quick", action="store_true", help="a twentieth of the text")
     p.add_argument("--output", type=Path, required=True)
     options = p.parse_args()
-    result: dict[str, Any] = {
-        "command": "python -m benchmarks.quality_fit " + " ".join(sys.argv[1:]),
-        "quick": options.quick,
-        "seed": options.seed,
-        "machine": machine(),
-        "versions": versions(),
-        "rows": (rows := []),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    result = record("quality_fit", quick=options.quick, seed=options.seed, rows=rows)
     for name in [options.only] if options.only else MODELS:
         case = load_case(name, options.data, options.models, quick=options.quick)
         rows += measure(case, seed=options.seed, distill_steps=options.distill_steps)
         # After each model: a run of an hour should not lose the first for the second.
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+        write(result, options.output)
     for row in rows:
         texts = "  ".join(f"{t} x{v['factor']:.4f}" for t, v in row["texts"].items())
         print(f"{row['model']:12} {row['head']:24} x{row['factor']:.4f}  {texts}")

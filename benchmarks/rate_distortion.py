@@ -123,16 +123,16 @@ def sources(metric: TokenMetric) -> dict[str, GaussianSource]:
     }
 
 
-def compare(bounds: dict[str, GaussianSource], bits: int, error: float) -> dict[str, float]:
+def compare(bounds: dict[str, GaussianSource], bits: float, error: float) -> dict[str, float]:
     """A fit beside its bounds.
 
     Args:
         bounds: of [`sources`].
-        bits: R of the fit.
+        bits: of the fit, a token on average.
         error: of the fit, as a share of that of no codes.
 
     Returns:
-        `error`, and for each bound its `..._bound` at R bits, `error_over_..._bound`, and
+        `error`, and for each bound its `..._bound` at these bits, `error_over_..._bound`, and
         `..._bits_at_error`, the bits at which the bound equals the fit's error.
     """
     found = {"error": error}

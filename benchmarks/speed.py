@@ -9,8 +9,6 @@ timed, the head's output is compared with the exact sum.
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,16 @@ from torch import Tensor
 from transformers import GPT2Config
 
 from hf_vqlogits import VQLogitsConfig, VQLogitsHead
-from hf_vqlogits.conversion.environment import machine, versions
+from hf_vqlogits.conversion.sizes import DEFAULT_FINE_SHARE
 from hf_vqlogits.conversion.timing import paired_medians
+
+from .record import record, write
 
 VOCAB_SIZE, HIDDEN_SIZE = 50_257, 768
 ROWS = (1, 8, 64)
 WARM_CALLS = 5
 OTHER_BYTES = 512 << 20
+FINE_TOKENS = int(DEFAULT_FINE_SHARE * VOCAB_SIZE)  # have a second code, as the converter makes it
 REDUCTIONS = {0.995: 250, 0.99: 501, 0.98: 1003}  # share saved: bits a token
 
 
@@ -36,7 +37,9 @@ def measure(rows: int, bits: int, *, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=HIDDEN_SIZE)
     torch.manual_seed(seed)
-    head = VQLogitsHead(VQLogitsConfig(text_config=config, num_codebooks=bits)).eval()
+    head = VQLogitsHead(
+        VQLogitsConfig(text_config=config, num_codebooks=bits, num_fine_tokens=FINE_TOKENS)
+    ).eval()
     hidden = torch.randn(rows, HIDDEN_SIZE, generator=generator)
     weight = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
     low_hidden, low_weight = hidden.bfloat16(), weight.bfloat16()
@@ -80,17 +83,15 @@ def main() -> None:
         for rows in (ROWS[:1] if options.quick else ROWS)
         for bits in REDUCTIONS.values()
     ]
-    result = {
-        "command": "python -m benchmarks.speed " + " ".join(sys.argv[1:]),
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": HIDDEN_SIZE,
-        "seed": options.seed,
-        "machine": machine(),
-        "versions": versions(),
-        "rows": found,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+    result = record(
+        "speed",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        fine_tokens=FINE_TOKENS,
+        seed=options.seed,
+        rows=found,
+    )
+    write(result, options.output)
     for row in found:
         for state in ("warm", "cold"):
             found_here = row[state]

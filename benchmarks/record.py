@@ -1,0 +1,57 @@
+"""What every results file says: the command, the machine, the versions, and scores in one form."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_vqlogits.conversion.comparison import HeadScore
+from hf_vqlogits.conversion.environment import machine, versions
+
+from .protocol import factor
+
+
+def record(benchmark: str, *packages: str, **figures: Any) -> dict[str, Any]:
+    """A result, with what is needed to make it again.
+
+    Args:
+        benchmark: name of the module.
+        packages: whose versions matter besides the usual ones.
+        figures: the result itself.
+    """
+    command = " ".join(["python -m", f"benchmarks.{benchmark}", *sys.argv[1:]])
+    return {
+        "command": command,
+        "machine": machine(),
+        "versions": versions(*packages),
+        **figures,
+    }
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    """Write a result as JSON."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+
+
+def score_of(scores: Mapping[str, Mapping[str, HeadScore]], head: str) -> dict[str, Any]:
+    """One head's factor, and what it did on each text.
+
+    Args:
+        scores: text -> head -> score, of [`protocol.Case.judge`].
+        head: its name.
+    """
+    return {
+        "factor": factor(scores, head),
+        "texts": {
+            text: {
+                "dense_perplexity": by_head["dense"].perplexity,
+                "perplexity": by_head[head].perplexity,
+                "factor": by_head[head].perplexity / by_head["dense"].perplexity,
+                "greedy_agreement": by_head[head].agreement,
+                "tokens": by_head[head].tokens,
+            }
+            for text, by_head in scores.items()
+        },
+    }
