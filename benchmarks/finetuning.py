@@ -3,8 +3,8 @@
     python -m benchmarks.finetuning --data DATA --output benchmarks/results/finetuning.json
 
 Both models see the same text, tokens and schedule; texts are the protocol's. The head is fitted to
-`--calibration-tokens` of them, evenly spaced, and distilled as by default; both models are judged by
-the first `--evaluation-tokens` of each text.
+`--calibration-tokens` of them, evenly spaced, and distilled as by default; both models are judged
+by the first `--evaluation-tokens` of each text.
 """
 
 import argparse
