@@ -61,6 +61,22 @@ def test_new_tokens_stand_near_the_mean_with_codes_of_their_own(make_model, head
     assert distance[1].mean() < 0.9 * distance[0].mean()
 
 
+def test_second_codes_count_in_the_mean(make_model):
+    """The rows of the vocabulary lie elsewhere with them than without."""
+    model = make_model("llama", num_codebooks=40, num_fine_tokens=VOCABULARY)
+    model.lm_head.fine_codes.fill_(255)
+    model.resize_token_embeddings(VOCABULARY + 40)
+
+    def rows():
+        return torch.cat([*(t.view(VOCABULARY + 40, -1) for t in dense_weight(model.lm_head))], 1)
+
+    new, with_second = rows()[VOCABULARY:], rows()[:VOCABULARY].mean(0)
+    model.lm_head.fine_codes.copy_(~model.lm_head.fine_codes)  # the opposite signs
+    opposite = rows()[:VOCABULARY].mean(0)
+    distance = [(new - mean).norm(dim=1).mean() for mean in (with_second, opposite)]
+    assert distance[0] < 0.8 * distance[1]
+
+
 def test_codes_are_own_ones_where_there_is_little_room(make_model):
     # 9 bits: 512 codes, of which 61 are taken, and few local minima of the distance to the mean.
     model = make_model("llama", num_codebooks=9)

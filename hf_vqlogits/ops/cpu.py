@@ -185,7 +185,7 @@ def _prepare_fine(
 
     if not TensorCache.can_hold(fine_codes) or not TensorCache.can_hold(fine_ids):
         return make()
-    key = (vocabulary, id(fine_ids), fine_ids._version, fine_ids.data_ptr())
+    key = (vocabulary, id(fine_ids), fine_ids._version)
     prepared = _prepared_fine.get(fine_codes, key, make)
     # An identity may be given out again once its tensor is gone.
     return prepared if prepared.ids() is fine_ids else make()

@@ -7,6 +7,7 @@ from hf_vqlogits import VQLogitsConfig, VQLogitsHead, ops
 from hf_vqlogits.conversion.calibration import StatisticsAccumulator
 from hf_vqlogits.conversion.code_learning import (
     FLIPS,
+    Slope,
     levels_of,
     move_codes,
     slope_of_divergence,
@@ -98,14 +99,44 @@ def test_moving_codes_lowers_the_divergence_on_other_text(setting):
     other = hidden_states(2000, 2)
     codebook = head.codebook.clone()
     head.codes[:, 0] ^= 4  # a bit of every token is wrong
+    fine_codes = None if head.fine_codes is None else head.fine_codes.clone()
+    if fine_codes is not None:
+        head.fine_codes[:, 1] ^= 2
     before, codes = held_out_kl(head, [other], teacher), head.codes.clone()
     for _ in range(4):
         move_codes(head, metric, slope_of_divergence(head, metric, teacher, [hidden]), 2.0)
     flips = (ops.unpack_signs(codes, R) != ops.unpack_signs(head.codes, R)).sum(1)
     assert 0 < int(flips.max()) <= 4 * FLIPS
     assert held_out_kl(head, [other], teacher) < 0.8 * before
+    if fine_codes is not None:
+        wrong = fine_codes.clone()
+        wrong[:, 1] ^= 2
+        assert (head.fine_codes != wrong).any(1).double().mean() > 0.5
     assert torch.equal(head.codebook, codebook)
     head.check_codes()
+
+
+def test_a_token_makes_few_flips_at_once(setting):
+    head, metric, teacher, hidden = setting
+    head.codes[:, :2] ^= 255
+    codes = head.codes.clone()
+    move_codes(head, metric, slope_of_divergence(head, metric, teacher, [hidden]), 1.0)
+    flips = (ops.unpack_signs(codes, R) != ops.unpack_signs(head.codes, R)).sum(1)
+    assert int(flips.max()) == FLIPS
+
+
+def test_without_text_tokens_move_towards_their_dense_vectors(setting):
+    head, metric, _, _ = setting
+    head.codes[:, 0] ^= 4
+
+    def error():
+        vectors = levels_of(head).float() @ whitened_codebook(head, metric)
+        return float(metric.error(metric.rows - vectors).sum())
+
+    before = error()
+    nothing = Slope(torch.zeros_like(metric.rows), torch.zeros_like(metric.weight))
+    move_codes(head, metric, nothing, 1.0)
+    assert error() < 0.8 * before
 
 
 def test_strong_damping_moves_nothing(setting):

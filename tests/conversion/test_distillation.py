@@ -88,6 +88,9 @@ def test_training_that_diverges_stops_with_the_best_head(setting):
     assert done.stopped.startswith("the divergence rose from")
     assert done.steps < 20
     assert done.kl_after <= done.kl_before
+    held, _ = distillation._split(setting.blocks, 20, 0)
+    kept = held_out_kl(setting.head, setting.states(held), setting.teacher)
+    assert kept == pytest.approx(done.kl_after, rel=1e-3)
 
 
 def test_codes_that_make_it_worse_are_taken_back(setting, monkeypatch):
@@ -96,6 +99,7 @@ def test_codes_that_make_it_worse_are_taken_back(setting, monkeypatch):
     damping = []
 
     def spoil(head, metric, slope, value):
+        assert torch.equal(head.codes, codes)
         damping.append(value)
         head.codes[:, 0] ^= 255
 
@@ -203,6 +207,29 @@ def test_divergence_against_a_float64_reference(setting):
     assert found == pytest.approx(expected, rel=1e-3)
     same = divergence(setting.teacher(hidden), setting.teacher(hidden))
     assert float(same) == pytest.approx(0, abs=1e-3)
+
+
+def test_what_is_kept_out_is_never_trained_on():
+    blocks = torch.zeros(400, 17)
+    held, order = distillation._split(blocks, steps=20, seed=0)  # of 64 rows each
+    assert len(held) == 80
+    assert len(order) == 20 * 64
+    kept, rest = set(held.tolist()), set(range(400)) - set(held.tolist())
+    assert len(kept) == 80
+    for epoch in range(4):  # every row once before any comes again
+        assert set(order[320 * epoch :][:320].tolist()) == rest
+    assert not torch.equal(order[:320], order[320:640])
+
+
+@pytest.mark.parametrize("divergence", [0.024, 400.0])
+def test_the_rate_follows_the_divergence(setting, monkeypatch, divergence):
+    rates = []
+    monkeypatch.setattr(distillation, "held_out_kl", lambda *_: divergence)
+    monkeypatch.setattr(
+        distillation._Training, "train_codebook", lambda self, rate: rates.append(rate)
+    )
+    setting.distill(20)
+    assert rates == [pytest.approx(min(0.01, 0.1 * (divergence / R) ** 0.5))]
 
 
 def test_too_little_text(setting):

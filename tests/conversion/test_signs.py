@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sign_problems import fit_signs, hidden_states, problem
+from sign_problems import fit_signs, hidden_states, problem, random_signs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_vqlogits.conversion import sign_codebook, sign_greedy, signs
@@ -73,6 +73,18 @@ def test_second_codes_come_closer_to_the_dense_layer():
         fit = fit_signs(weight, statistics, bias=bias, num_codebooks=24, num_fine_tokens=fine)
         found.append(divergence(fit, weight, bias, hidden))
     assert found[0] > 1.2 * found[1] > 1.2**2 * found[2]
+
+
+def test_second_codes_start_towards_what_the_first_ones_miss():
+    weight, bias, statistics = problem(vocab=200, size=12)
+    metric = token_metric(weight, statistics, bias=bias)
+    first = random_signs(200, 6)
+    codebook = sign_codebook.solve_codebook(metric, first, 0.1 * torch.randn(6, 13), iterations=8)
+    fine = signs._first_fine_signs(metric, first, codebook)
+    errors = [
+        sign_codebook.error_of(metric, first + 0.01 * side * fine, codebook) for side in (-1, 0, 1)
+    ]
+    assert errors[0] > errors[1] > errors[2]
 
 
 @pytest.mark.parametrize("fine", [-1, 51])
@@ -189,7 +201,9 @@ def test_fit_on_a_gpu_is_as_good_as_on_the_processor():
     positions=st.integers(1, 8),
     zeros=st.booleans(),
 )
-@example(vocab=4, size=1, bits=14, positions=1, zeros=False)  # rounding led the codebook astray
+# Codewords without end, and a search that drowned in their rounding.
+@example(vocab=4, size=1, bits=14, positions=1, zeros=False)
+@example(vocab=17, size=1, bits=19, positions=1, zeros=False)
 def test_degenerate_layers_give_finite_fits(vocab, size, bits, positions, zeros):
     weight, bias, statistics = problem(vocab=vocab, size=size, positions=positions)
     if zeros:

@@ -129,6 +129,18 @@ def test_changed_second_codes_are_noticed():
 
 
 @needs_avx512
+def test_other_tokens_of_second_codes_are_noticed(monkeypatch):
+    """Even where a new tensor gets the identity of one that is gone."""
+    monkeypatch.setattr(cpu, "id", lambda tensor: 7, raising=False)
+    codes, scores = codes_and_scores("sign")
+    ids, fine_codes = second_codes(600, 60, 100)
+    for tokens in (ids, torch.arange(60)):
+        got = cpu.expand(scores, codes, "sign", "avx512", tokens, fine_codes)
+        want = references.logits(scores, codes, "sign", tokens, fine_codes)
+        assert bool(((got - want).abs() <= 1.5 * error_bound(scores, "sign", "avx512")).all())
+
+
+@needs_avx512
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
