@@ -6,7 +6,7 @@ stay. The head that was best on positions kept out of the training is the result
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ MOST_DAMPING = 32.0
 DIVERGED = 0.1  # nats above the divergence of the start
 
 Notify = Callable[[int, float], None]
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def distill(
     seed: int = 0,
     learning_rate: float | None = None,
     state_file: Path | None = None,
-    notify: Notify = lambda done, kl: None,
+    notify: Notify = lambda made, kl: None,
+    advance: Advance = lambda made: None,
 ) -> Distillation:
     """Train codes, codebook and biases towards the dense layer's distribution.
 
@@ -84,7 +86,8 @@ def distill(
             half a cosine. Default: by the divergence of the start and the number of codebooks.
         state_file: where the run is kept after every check, and found after an interrupt; removed
             at the end.
-        notify: called with the steps made and the KL on the positions kept out.
+        notify: called with the steps made and the KL on the positions kept out, when it was judged.
+        advance: called with the steps made, more often.
 
     Returns:
         The KL divergence before and after, and how it went.
@@ -93,7 +96,7 @@ def distill(
         ConversionError: the text is too short to hold some of it out, or `state_file` is of
             another run.
     """
-    training = _Training(head, states, teacher, steps, seed, notify)
+    training = _Training(head, states, teacher, steps, seed, notify, advance)
     key = fingerprint(head, states.blocks, steps, seed, learning_rate)
     kept = None if state_file is None else load_state(state_file, key)
     if kept is None:
@@ -127,8 +130,10 @@ class _Training:
         steps: int,
         seed: int,
         notify: Notify,
+        advance: Advance,
     ):
-        self._head, self._states, self._teacher, self._notify = head, states, teacher, notify
+        self._head, self._states, self._teacher = head, states, teacher
+        self._notify, self._advance = notify, advance
         self._rows = _rows_of_step(states.blocks)
         self._held, self._order = _split(states.blocks, steps, seed)
         self.keep: Callable[[], None] = lambda: None
@@ -174,13 +179,9 @@ class _Training:
         head = self._head
         while self._code_steps_made < steps and self._damping <= MOST_DAMPING:
             first, last = self._code_steps_made, min(self._code_steps_made + CODE_STEPS, steps)
-            hidden = self._states(self._order[first * self._rows : last * self._rows])
-            move_codes(
-                head,
-                metric,
-                slope_of_divergence(head, metric, self._teacher, hidden),
-                self._damping,
-            )
+            hidden = self._advancing(first, last)
+            slope = slope_of_divergence(head, metric, self._teacher, hidden)
+            move_codes(head, metric, slope, self._damping)
             if not self._judge(last):
                 head.load_state_dict(self.best)
                 self._damping *= 2
@@ -203,8 +204,7 @@ class _Training:
             optimiser.load_state_dict(self._adam["optimiser"])
             schedule.load_state_dict(self._adam["schedule"])
         for step in range(made, steps if self.stopped is None else made):
-            place = (first + step) * self._rows
-            for hidden in self._states(self._order[place : place + self._rows]):
+            for hidden in self._advancing(first + step, first + step + 1):
                 loss = divergence(self._teacher(hidden), head(hidden)) / len(hidden)
                 optimiser.zero_grad()
                 loss.backward()
@@ -225,6 +225,14 @@ class _Training:
                     "schedule": schedule.state_dict(),
                 }
                 self.keep()
+
+    def _advancing(self, first: int, last: int) -> Iterator[Tensor]:
+        """Hidden states of steps, telling how far they are."""
+        positions = 0
+        for hidden in self._states(self._order[first * self._rows : last * self._rows]):
+            yield hidden
+            positions += len(hidden)
+            self._advance(min(last, first + positions // POSITIONS))
 
     def _judge(self, made: int) -> bool:
         """Measure the head on the positions kept out; whether it is the best so far."""

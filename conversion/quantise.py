@@ -148,9 +148,12 @@ class Quantiser:
             total=steps, desc="distilling", disable=not self.show_progress, leave=False
         ) as bar:
 
-            def notify(made: int, kl: float) -> None:
-                bar.set_postfix_str(f"KL on text kept out {kl:.4f}")
+            def advance(made: int) -> None:
                 bar.update(made - bar.n)
+
+            def notify(made: int, kl: float) -> None:
+                bar.set_postfix_str(f"KL on text kept out {kl:.4f}", refresh=False)
+                advance(made)
 
             done = distill(
                 head,
@@ -161,6 +164,7 @@ class Quantiser:
                 seed=self.seed,
                 state_file=state_file,
                 notify=notify,
+                advance=advance,
             )
         self.details["distillation"] = vars(done)
 

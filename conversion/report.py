@@ -235,7 +235,7 @@ class ConversionReport:
         if self.code_type == "sign":
             codes = f"sign, R = {self.num_codebooks:,}"
             if self.num_fine_tokens:
-                codes += f", twice for {self.num_fine_tokens:,} tokens"
+                codes += f", a second code for {self.num_fine_tokens:,} tokens"
         else:
             codes = f"index, G = {self.num_codebooks:,}, K = {self.codebook_size:,}"
         vocabulary = f"V = {self.vocab_size:,}, d = {self.hidden_size:,}"

@@ -23,7 +23,7 @@ def test_default_output_is_the_models_name(tiny_folder, text_file, tmp_path, mon
     assert os.listdir(tmp_path) == ["tiny-vq"]
     printed = capsys.readouterr().out
     assert "perplexity" in printed
-    assert "sign, R = 16, twice for 40 tokens" in printed
+    assert "sign, R = 16, a second code for 40" in printed
 
 
 @pytest.mark.parametrize(

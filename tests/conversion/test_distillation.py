@@ -70,11 +70,16 @@ def test_codes_stay_without_a_metric(setting):
 
 
 def test_what_is_told_is_the_divergence_of_the_head_that_is_kept(setting):
-    told = []
+    told, advanced = [], []
     done = setting.distill(
-        40, metric=setting.metric, notify=lambda made, kl: told.append((made, kl))
+        40,
+        metric=setting.metric,
+        notify=lambda made, kl: told.append((made, kl)),
+        advance=advanced.append,
     )
     assert told == done.history
+    assert advanced == sorted(advanced)
+    assert set(advanced) >= set(range(32, 41))  # every step of the codebook
     assert done.kl_before == told[0][1]
     assert done.kl_after == min(kl for _, kl in told)
     held, _ = distillation._split(setting.blocks, 40, 0)
