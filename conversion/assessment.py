@@ -119,7 +119,11 @@ def assess(
         perplexity=perplexity,
         greedy_agreement=quantised.agreement,
         logit_seconds=times,
-        calibration={"source": corpus.calibration_source, "tokens": corpus.calibration.numel()},
+        calibration={
+            "source": corpus.calibration_source,
+            "tokens": corpus.calibration.numel(),
+            "rereadings": quantiser.rereadings,
+        },
         evaluation={
             "source": corpus.evaluation_source,
             "tokens": quantised.tokens,

@@ -12,6 +12,7 @@ from hf_vqlogits.configuration_vqlogits import EMBEDDINGS
 from .convert import DISTILL_STEPS, convert_to_vq
 from .corpus import CALIBRATION_TOKENS, SELF_TOKENS
 from .errors import ConversionError
+from .quantise import REREADINGS
 from .sizes import DEFAULT_FINE_SHARE, DEFAULT_REDUCTION, METHODS
 
 
@@ -68,6 +69,13 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help=f"how many of them at most; default {CALIBRATION_TOKENS:,}, or {SELF_TOKENS:,} of the "
         "model's own text",
+    )
+    text.add_argument(
+        "--rereadings",
+        type=int,
+        default=REREADINGS,
+        help="how often the calibration text is read again, each time with half of its tokens "
+        f"replaced by others that the model expects; default {REREADINGS}",
     )
     text.add_argument("--eval-data", help="default: a held-out fifth of the calibration text")
     p.add_argument(

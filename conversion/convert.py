@@ -29,7 +29,7 @@ from .distillation_state import check_state_file
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
-from .quantise import LADDER, Quantiser
+from .quantise import LADDER, REREADINGS, Quantiser
 from .report import ConversionReport
 from .sizes import HeadSize, check_size_options, choose_size
 from .source import Source, load_source
@@ -55,6 +55,7 @@ def convert_to_vq(
     fine_share: float | None = None,
     calibration_data: str | os.PathLike[str] | None = None,
     calibration_tokens: int | None = None,
+    rereadings: int = REREADINGS,
     eval_data: str | os.PathLike[str] | None = None,
     distill_steps: int | None = None,
     distill_state: str | os.PathLike[str] | None = None,
@@ -91,6 +92,8 @@ def convert_to_vq(
             model writes. Default: WikiText-2, and `"self"` where that cannot be had.
         calibration_tokens: how many tokens of it to use at most; default 100,000, or 40,000 of text
             that the model writes.
+        rereadings: how often the calibration text is read again, each time with half of its tokens
+            replaced by others that the model expects.
         eval_data: text to judge by; default a held-out fifth of the calibration text.
         distill_steps: steps, of about a thousand positions each, of training codes and codebook
             towards the dense layer; default 256 for signs where the text is long enough, else 0.
@@ -130,6 +133,7 @@ def convert_to_vq(
     _check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
     if calibration_tokens is not None:
         _check_range("calibration_tokens", calibration_tokens, 1)
+    _check_range("rereadings", rereadings, 0)
     if distill_steps is not None:
         _check_range("distill_steps", distill_steps, 0)
     if state_file is not None:
@@ -158,7 +162,7 @@ def convert_to_vq(
         seed=seed,
         show_progress=progress,
     )
-    quantiser = Quantiser(parts, corpus, seed, show_progress=progress)
+    quantiser = Quantiser(parts, corpus, seed, rereadings=rereadings, show_progress=progress)
     distill_steps = _steps(distill_steps, method, corpus)
     with quantiser.timed("calibration"):
         statistics = quantiser.calibrate(keep_states=distill_steps > 0)

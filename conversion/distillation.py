@@ -135,7 +135,7 @@ class _Training:
         self._head, self._states, self._teacher = head, states, teacher
         self._notify, self._advance = notify, advance
         self._rows = _rows_of_step(states.blocks)
-        self._held, self._order = _split(states.blocks, steps, seed)
+        self._held, self._order = _split(states, steps, seed)
         self.keep: Callable[[], None] = lambda: None
         self.history: list[tuple[int, float]] = []
         self.best_kl, self.best = math.inf, copy.deepcopy(head.state_dict())
@@ -299,13 +299,17 @@ def _kept_out(blocks: Tensor) -> int:
     return min(HELD_OUT * _rows_of_step(blocks), len(blocks) // 5)
 
 
-def _split(blocks: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows kept out, and those of all steps: in another order every time all have been seen."""
-    check_length(blocks)
-    rows, held = _rows_of_step(blocks), _kept_out(blocks)
+def _split(states: KeptStates, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows kept out, and those of all steps: in another order every time all have been seen.
+
+    What is kept out is text as it was, and no version of it is trained on.
+    """
+    text = states.blocks[: len(states.blocks) // states.versions]
+    check_length(text)
+    rows, held = _rows_of_step(text), _kept_out(text)
     generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(blocks), generator=generator)
-    train = shuffled[held:]
+    shuffled = torch.randperm(len(text), generator=generator)
+    train = torch.cat([shuffled[held:] + i * len(text) for i in range(states.versions)])
     epochs = math.ceil(steps * rows / len(train))
     order = [train[torch.randperm(len(train), generator=generator)] for _ in range(epochs)]
     return shuffled[:held], torch.cat(order)[: steps * rows]

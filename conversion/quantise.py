@@ -23,11 +23,13 @@ from .embeddings import fit_embedding, input_information, tie_embedding, token_w
 from .families import SourceParts, head_config
 from .metric import token_metric
 from .precision import product_dtype
+from .redrawing import redraw
 from .signs import SignFitter
 from .sizes import HeadSize
-from .streaming import KeptStates, hidden_states
+from .streaming import KeptStates
 
 LADDER = (0.995, 0.99, 0.98, 0.96)
+REREADINGS = 1
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Quantiser:
         corpus: its text.
         seed: of everything random.
         show_progress: show bars.
+        rereadings: how often the calibration text is read again, redrawn (`redrawing.py`).
         seconds: time of each step so far.
         details: what the steps told of themselves.
         states: hidden states that the calibration kept.
@@ -48,6 +51,7 @@ class Quantiser:
     corpus: Corpus
     seed: int
     show_progress: bool = False
+    rereadings: int = REREADINGS
     seconds: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     states: KeptStates | None = None
@@ -76,15 +80,23 @@ class Quantiser:
             logit_scale=parts.transform.scale,
             final_logit_softcapping=parts.transform.softcap,
         )
-        blocks, progress = self.corpus.calibration, self.progress("calibrating")
+        text, progress = self.corpus.calibration, self.progress("calibrating")
+        states = KeptStates(
+            parts.backbone,
+            text.repeat(1 + self.rereadings, 1),
+            versions=1 + self.rereadings,
+            keep=keep_states,
+        )
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = text[:, 1:]
+        for version, rows in enumerate(torch.arange(len(states.blocks)).split(len(text))):
+            if version:
+                states.blocks[rows] = redraw(text, drawn, generator)
+            hidden = states(rows, progress=progress)
+            found = [accumulator.update_and_draw(h, generator) for h in hidden]
+            drawn = torch.cat(found).cpu().view_as(drawn)
         if keep_states:
-            self.states = KeptStates(parts.backbone, blocks)
-            every = torch.arange(len(blocks))
-            for hidden in self.states(every, progress=progress):
-                accumulator.update(hidden)
-        else:
-            for hidden, _ in hidden_states(parts.backbone, blocks, progress=progress):
-                accumulator.update(hidden)
+            self.states = states
         return accumulator.finish()
 
     def sign_heads(

@@ -61,7 +61,7 @@ class ConversionReport:
         perplexity_bound: with one index codebook, the perplexity that no training can go below.
         greedy_agreement: share of positions where the most likely token stayed the same.
         logit_seconds: for one row, `dense_float32`, `dense_bfloat16`, `quantised`.
-        calibration: `source`, of a local path the last part, and `tokens`.
+        calibration: `source`, of a local path the last part, `tokens`, and `rereadings` of them.
         evaluation: likewise, and `context`.
         fit: what the method tells of itself.
         seconds: time of each step.

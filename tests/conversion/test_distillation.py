@@ -82,7 +82,7 @@ def test_what_is_told_is_the_divergence_of_the_head_that_is_kept(setting):
     assert set(advanced) >= set(range(32, 41))  # every step of the codebook
     assert done.kl_before == told[0][1]
     assert done.kl_after == min(kl for _, kl in told)
-    held, _ = distillation._split(setting.blocks, 40, 0)
+    held, _ = distillation._split(setting.states, 40, 0)
     kept = held_out_kl(setting.head, setting.states(held), setting.teacher)
     assert kept == pytest.approx(done.kl_after, rel=1e-3)
 
@@ -93,7 +93,7 @@ def test_training_that_diverges_stops_with_the_best_head(setting):
     assert done.stopped.startswith("the divergence rose from")
     assert done.steps < 20
     assert done.kl_after <= done.kl_before
-    held, _ = distillation._split(setting.blocks, 20, 0)
+    held, _ = distillation._split(setting.states, 20, 0)
     kept = held_out_kl(setting.head, setting.states(held), setting.teacher)
     assert kept == pytest.approx(done.kl_after, rel=1e-3)
 
@@ -214,9 +214,8 @@ def test_divergence_against_a_float64_reference(setting):
     assert float(same) == pytest.approx(0, abs=1e-3)
 
 
-def test_what_is_kept_out_is_never_trained_on():
-    blocks = torch.zeros(400, 17)
-    held, order = distillation._split(blocks, steps=20, seed=0)  # of 64 rows each
+def test_what_is_kept_out_is_never_trained_on(setting):
+    held, order = distillation._split(setting.states, steps=20, seed=0)  # of 64 rows each
     assert len(held) == 80
     assert len(order) == 20 * 64
     kept, rest = set(held.tolist()), set(range(400)) - set(held.tolist())
@@ -224,6 +223,16 @@ def test_what_is_kept_out_is_never_trained_on():
     for epoch in range(4):  # every row once before any comes again
         assert set(order[320 * epoch :][:320].tolist()) == rest
     assert not torch.equal(order[:320], order[320:640])
+
+
+def test_no_version_of_what_is_kept_out_is_trained_on(setting):
+    states = KeptStates(setting.backbone, setting.blocks.repeat(3, 1), versions=3)
+    held, order = distillation._split(states, steps=15, seed=0)
+    assert len(held) == 80
+    assert held.max() < 400
+    assert sorted(order.tolist()) == sorted(
+        row + 400 * version for row in set(range(400)) - set(held.tolist()) for version in range(3)
+    )
 
 
 @pytest.mark.parametrize("divergence", [0.024, 400.0])
