@@ -21,9 +21,7 @@ from torch import Tensor
 from .precision import product_dtype
 from .redrawing import draw_tokens
 
-# Of the logits of a chunk in float32: on a processor so few that they stay in its cache.
-CHUNK_BYTES = {"cpu": 32 << 20}
-OTHER_CHUNK_BYTES = 512 << 20
+CHUNK_BYTES = 128 << 20  # of the logits of a chunk; each adds a V x d product to the contexts
 
 
 @dataclass
@@ -130,8 +128,7 @@ class StatisticsAccumulator:
         self._weight = weight.detach().to(dtype or product_dtype(device))
         self._bias = None if bias is None else bias.detach().float()
         self._scale, self._cap = logit_scale, final_logit_softcapping
-        chunk_bytes = CHUNK_BYTES.get(device.type, OTHER_CHUNK_BYTES)
-        self._rows = max(1, chunk_bytes // (4 * vocab_size))
+        self._rows = max(1, CHUNK_BYTES // (4 * vocab_size))
         self._positions = 0
         # Products are summed around the first batch's mean: around zero, the few huge dimensions
         # of trained models would cancel away the digits of the covariance.

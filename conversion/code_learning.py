@@ -88,6 +88,34 @@ def slope_of_divergence(
 
 
 @torch.no_grad()
+def slope_in_scores(
+    head: VQLogitsHead, levels: Tensor, scores: Tensor, teacher: Logits, hidden: Tensor
+) -> Tensor:
+    """Gradient of the sum over positions of KL(teacher || head) in the scores.
+
+    Autograd would keep half a dozen N x V tensors, and passes over them are what takes the time.
+
+    Args:
+        head: of sign codes.
+        levels: (V, R), of [`levels_of`], in the type of the products.
+        scores: (n, R), of the hidden states.
+        teacher: the original logits (n, V) of hidden states (n, d).
+        hidden: (n, d).
+
+    Returns:
+        (n, R) float32.
+    """
+    parts = []
+    size = max(1, CHUNK_BYTES // (4 * len(levels)))
+    for s, h in zip(scores.split(size), hidden.split(size), strict=True):
+        z = head.postprocess((s.to(levels.dtype) @ levels.T).float())
+        inner = _slope_of_postprocess(head, z)
+        z = torch.softmax(z, -1).sub_(torch.softmax(teacher(h), -1)).mul_(inner)
+        parts.append((z.to(levels.dtype) @ levels).float())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
 def move_codes(head: VQLogitsHead, metric: TokenMetric, slope: Slope, damping: float) -> None:
     """Flip the bits that lower the majorised divergence, in place.
 

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor
 
 from hf_vqlogits import VQLogitsHead
+from hf_vqlogits.ops import eager
 
-from .code_learning import Logits, move_codes, slope_of_divergence
+from .code_learning import (
+    Logits,
+    levels_of,
+    move_codes,
+    slope_in_scores,
+    slope_of_divergence,
+)
 from .distillation_state import fingerprint, load_state, save_state
 from .errors import ConversionError
 from .metric import TokenMetric
+from .precision import product_dtype
 from .streaming import KeptStates
 
 POSITIONS = 1024  # of a step
@@ -198,6 +206,9 @@ class _Training:
         ]
         optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps))
+        levels = None
+        if head.code_type == "sign":
+            levels = levels_of(head).to(product_dtype(head.codes.device))
         made = 0
         if self._adam is not None:
             made = self._adam["made"]
@@ -205,9 +216,8 @@ class _Training:
             schedule.load_state_dict(self._adam["schedule"])
         for step in range(made, steps if self.stopped is None else made):
             for hidden in self._advancing(first + step, first + step + 1):
-                loss = divergence(self._teacher(hidden), head(hidden)) / len(hidden)
                 optimiser.zero_grad()
-                loss.backward()
+                self._backward(hidden, levels)
                 optimiser.step()
             schedule.step()
             if (step + 1) % max(1, steps // CODEBOOK_CHECKS) == 0 or step + 1 == steps:
@@ -225,6 +235,18 @@ class _Training:
                     "schedule": schedule.state_dict(),
                 }
                 self.keep()
+
+    def _backward(self, hidden: Tensor, levels: Tensor | None) -> None:
+        """Gradients of the mean divergence in codewords and biases; levels of sign codes."""
+        head = self._head
+        if levels is None:
+            (divergence(self._teacher(hidden), head(hidden)) / len(hidden)).backward()
+            return
+        scores = eager.scores(
+            hidden, head.codebook.float(), head.codebook_bias.float(), scale=head.score_scale
+        )
+        slope = slope_in_scores(head, levels, scores.detach(), self._teacher, hidden)
+        scores.backward(slope / len(hidden))
 
     def _advancing(self, first: int, last: int) -> Iterator[Tensor]:
         """Hidden states of steps, telling how far they are."""
