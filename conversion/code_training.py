@@ -147,8 +147,7 @@ class CodeLearner:
     def _watch(self, head: VQLogitsHead, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward of the head, which checks what it is given after this."""
         hidden, labels = _arguments(*args, **kwargs)
-        # Reentrant checkpointing runs what it will run again without gradients.
-        if labels is None or not (head.training and torch.is_grad_enabled()):
+        if labels is None or not (head.training and torch.is_grad_enabled()) or _again(hidden):
             return
         self._forwards += 1
         counted = (labels != kwargs.get("ignore_index", -100)) & (labels >= 0)
@@ -204,12 +203,11 @@ class CodeLearner:
         if _rank() == 0:
             metric = sums.metric(moved)
             move_codes(moved, metric, sums.slope(metric), self.damping)
-        for name, codes in _codes(moved).items():
+        if _processes() > 1:
             # Not into the head's own tensors: edits by collectives are not counted, and layouts
             # derived from the codes would stay those of the old ones.
-            if _processes() > 1:
+            for codes in _codes(moved).values():
                 dist.broadcast(codes, 0)
-            setattr(moved, name, codes)
         losses = torch.stack([self._loss(now), self._loss(moved)])
         if _processes() > 1:
             dist.all_reduce(losses)
@@ -305,6 +303,16 @@ def _gathered(tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
     return tensor.detach().float()
+
+
+def _again(hidden: Tensor) -> bool:
+    """Whether a checkpointed head runs a second time and the first one was counted.
+
+    A reentrant checkpoint runs first without gradients, then within the backward pass on detached
+    hidden states; the other kind runs twice on the same ones.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward and not (hidden.is_leaf and hidden.requires_grad)
 
 
 def _arguments(

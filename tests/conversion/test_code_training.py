@@ -192,11 +192,14 @@ def test_checkpointed_activations_count_once(model, batch, reentrant):
     assert learner.step().positions == counted(batch["labels"])[0]
 
 
-def test_a_checkpointed_head_counts_once(model, batch):
-    hidden = model.model(batch["input_ids"]).last_hidden_state.detach().requires_grad_()
+# A reentrant checkpoint needs an input that requires gradients.
+@pytest.mark.parametrize(("reentrant", "frozen"), [(True, False), (False, False), (False, True)])
+def test_a_checkpointed_head_counts_once(model, batch, reentrant, frozen):
+    hidden = model.model(batch["input_ids"]).last_hidden_state
+    hidden = hidden.detach() if frozen else hidden
     learner = CodeLearner(model.lm_head, every=1)
     labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    checkpoint(model.lm_head, hidden, labels, use_reentrant=True).backward()
+    checkpoint(model.lm_head, hidden, labels, use_reentrant=reentrant).backward()
     assert learner.step().positions == counted(batch["labels"])[0]
 
 
