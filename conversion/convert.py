@@ -24,11 +24,11 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .corpus import Corpus, prepare_corpus
-from .distillation import check_length, long_enough
 from .distillation_state import check_state_file
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
+from .held_out import check_length, long_enough
 from .quantise import LADDER, Quantiser
 from .report import ConversionReport
 from .sizes import HeadSize, check_size_options, choose_size
@@ -167,6 +167,8 @@ def convert_to_vq(
     if distill_steps:
         with quantiser.timed("distillation"):
             quantiser.distill(head, distill_steps, statistics, state_file=state_file)
+    if state_file is not None:
+        state_file.unlink(missing_ok=True)
     embedding = None
     if embedding_bits is not None:
         with quantiser.timed("input embedding"):
