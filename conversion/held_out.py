@@ -11,13 +11,16 @@ POSITIONS = 1024  # of a step
 HELD_OUT = 8  # steps' worth of positions on which progress is judged
 
 
-def split(blocks: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+def split(
+    blocks: Tensor, steps: int, seed: int, option: str = "distill_steps"
+) -> tuple[Tensor, Tensor]:
     """Rows kept out, and those of all steps: in another order every time all have been seen.
 
     Args:
         blocks: token ids (rows, context + 1).
         steps: of [`rows_of_step`] rows each.
         seed: of the order and of what is kept out.
+        option: which asked for the training.
 
     Returns:
         Rows kept out (m,), and rows to train on (steps * rows of a step,).
@@ -25,7 +28,7 @@ def split(blocks: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     Raises:
         ConversionError: the text is too short.
     """
-    check_length(blocks)
+    check_length(blocks, option)
     rows, held = rows_of_step(blocks), _kept_out(blocks)
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(blocks), generator=generator)
