@@ -51,6 +51,11 @@ def model_card(report: ConversionReport) -> str:
     training = "without training"
     if report.distillation is not None:
         training = f"with the output layer alone trained by distillation ({report.distillation})"
+    if report.end_to_end is not None:
+        training = (
+            "with output layer and input embedding trained by end-to-end distillation "
+            f"({report.end_to_end})"
+        )
     replaced = "output layer replaced by a vector-quantised one"
     if report.embeddings != "keep":
         replaced = "output layer and input embedding replaced by vector-quantised ones"

@@ -24,11 +24,11 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .corpus import Corpus, prepare_corpus
-from .distillation import check_length, long_enough
 from .distillation_state import check_state_file
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
+from .held_out import check_length, long_enough
 from .quantise import LADDER, REREADINGS, Quantiser
 from .report import ConversionReport
 from .sizes import HeadSize, check_size_options, choose_size
@@ -38,6 +38,7 @@ LAST_SEED = 2**31 - 1  # the largest that every library here takes
 
 
 DISTILL_STEPS = 256  # some five minutes for SmolLM2-135M on two cores
+INPUT_DISTILL_STEPS = 128  # likewise
 
 
 def convert_to_vq(
@@ -61,6 +62,7 @@ def convert_to_vq(
     distill_state: str | os.PathLike[str] | None = None,
     embeddings: str = "keep",
     embedding_bits: int | None = None,
+    input_distill_steps: int | None = None,
     ladder: bool = False,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -103,6 +105,9 @@ def convert_to_vq(
             codebook of its own; `"tied"`: it takes those of the output layer, in models whose two
             sides are one table.
         embedding_bits: R of the input embedding, with `"vq"`; default that of the output layer.
+        input_distill_steps: steps, of about a thousand positions each, of training the codebooks
+            of input embedding and output layer together, through the body, with `"vq"` or
+            `"tied"`; default 128 for signs where the text is long enough, else 0.
         ladder: compare 99.5, 99, 98 and 96% on the evaluation text (signs, with `embeddings`
             `"keep"`). It shows the fit alone: `distill_steps` train the head that is written and
             none of these.
@@ -131,13 +136,14 @@ def convert_to_vq(
     }
     check_size_options(method, **sizes)
     _check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
+    input_distill_steps = _check_input_steps(input_distill_steps, embeddings)
     if calibration_tokens is not None:
         _check_range("calibration_tokens", calibration_tokens, 1)
     _check_range("rereadings", rereadings, 0)
     if distill_steps is not None:
         _check_range("distill_steps", distill_steps, 0)
     if state_file is not None:
-        check_state_file(state_file, distill_steps)
+        check_state_file(state_file, distill_steps, input_distill_steps)
     _check_range("seed", seed, 0, LAST_SEED)
     if folder is not None:
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
@@ -163,9 +169,10 @@ def convert_to_vq(
         show_progress=progress,
     )
     quantiser = Quantiser(parts, corpus, seed, rereadings=rereadings, show_progress=progress)
-    distill_steps = _steps(distill_steps, method, corpus)
+    input_distill_steps = _steps("input_distill_steps", input_distill_steps, method, corpus)
+    distill_steps = _steps("distill_steps", distill_steps, method, corpus)
     with quantiser.timed("calibration"):
-        statistics = quantiser.calibrate(keep_states=distill_steps > 0)
+        statistics = quantiser.calibrate(keep_states=distill_steps + input_distill_steps > 0)
     with quantiser.timed("fit"):
         head, rungs = _fit(quantiser, method, size, steps, statistics)
     if distill_steps:
@@ -175,6 +182,11 @@ def convert_to_vq(
     if embedding_bits is not None:
         with quantiser.timed("input embedding"):
             embedding = quantiser.embedding(embeddings, head, embedding_bits)
+    if embedding is not None and input_distill_steps:
+        with quantiser.timed("end-to-end distillation"):
+            quantiser.distill_end_to_end(
+                head, embedding, input_distill_steps, state_file=state_file
+            )
     report = assess(
         quantiser, source, size, head, embedding, method=method, embeddings=embeddings, rungs=rungs
     )
@@ -183,23 +195,40 @@ def convert_to_vq(
         # Again: hours have passed, and something may have appeared there.
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
         _write(folder, report, source)
+    if state_file is not None:
+        state_file.unlink(missing_ok=True)
     if push_to_hub is not None:
         _push(folder, push_to_hub)
     return report
 
 
-def _steps(asked: int | None, method: str, corpus: Corpus) -> int:
-    """Steps of the distillation; before the hours that come before it."""
+def _steps(option: str, asked: int | None, method: str, corpus: Corpus) -> int:
+    """Steps of a distillation; before the hours that come before it."""
     if asked is not None:
         if asked:
-            check_length(corpus.calibration)
+            check_length(corpus.calibration, option)
         return asked
     if method != "signs":
         return 0  # codes of these methods are not learnt, and their gradients are slow
     if not long_enough(corpus.calibration):
-        corpus.notes.append("too little calibration text for a distillation: fitted only")
+        note = "too little calibration text for a distillation: fitted only"
+        if note not in corpus.notes:
+            corpus.notes.append(note)
         return 0
-    return DISTILL_STEPS
+    return {"distill_steps": DISTILL_STEPS, "input_distill_steps": INPUT_DISTILL_STEPS}[option]
+
+
+def _check_input_steps(asked: int | None, embeddings: str) -> int | None:
+    if asked is not None:
+        _check_range("input_distill_steps", asked, 0)
+    if embeddings != "keep":
+        return asked
+    if asked:
+        raise ConversionError(
+            f"`input_distill_steps` {asked} trains a quantised input embedding, but `embeddings` "
+            "is 'keep'; use 'vq' or 'tied', or leave it out."
+        )
+    return 0
 
 
 def _ladder_sizes(vocab_size: int, hidden_size: int, fine_share: float | None) -> list[HeadSize]:

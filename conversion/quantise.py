@@ -20,6 +20,7 @@ from .codebooks import fit_index
 from .corpus import Corpus
 from .distillation import distill
 from .embeddings import fit_embedding, input_information, tie_embedding, token_weights
+from .end_to_end import distill_end_to_end
 from .families import SourceParts, head_config
 from .metric import token_metric
 from .precision import product_dtype
@@ -27,6 +28,7 @@ from .redrawing import redraw
 from .signs import SignFitter
 from .sizes import HeadSize
 from .streaming import KeptStates
+from .training import Advance, Notify
 
 LADDER = (0.995, 0.99, 0.98, 0.96)
 REREADINGS = 1
@@ -152,24 +154,13 @@ class Quantiser:
             state_file: where an interrupted run is kept.
         """
         parts = self.parts
-        states = self.states or KeptStates(parts.backbone, self.corpus.calibration)
         metric = None
         if head.code_type == "sign":
             metric = token_metric(parts.weight, statistics, bias=parts.bias)
-        with tqdm(
-            total=steps, desc="distilling", disable=not self.show_progress, leave=False
-        ) as bar:
-
-            def advance(made: int) -> None:
-                bar.update(made - bar.n)
-
-            def notify(made: int, kl: float) -> None:
-                bar.set_postfix_str(f"KL on text kept out {kl:.4f}", refresh=False)
-                advance(made)
-
+        with self._bar("distilling", steps) as (notify, advance):
             done = distill(
                 head,
-                states,
+                self._states(),
                 teacher=_teacher(parts),
                 steps=steps,
                 metric=metric,
@@ -179,6 +170,54 @@ class Quantiser:
                 advance=advance,
             )
         self.details["distillation"] = vars(done)
+
+    def distill_end_to_end(
+        self,
+        head: VQLogitsHead,
+        embedding: VQEmbedding,
+        steps: int,
+        *,
+        state_file: Path | None = None,
+    ) -> None:
+        """Train the codebooks of both sides towards the original model, through the body.
+
+        Args:
+            head: in place.
+            embedding: the quantised input embedding, in place.
+            steps: of about a thousand positions each.
+            state_file: where an interrupted run is kept.
+        """
+        with self._bar("distilling end to end", steps) as (notify, advance):
+            done = distill_end_to_end(
+                self.parts.backbone,
+                embedding,
+                head,
+                self._states(),
+                teacher=_teacher(self.parts),
+                steps=steps,
+                seed=self.seed,
+                state_file=state_file,
+                notify=notify,
+                advance=advance,
+            )
+        self.details["end to end"] = vars(done)
+
+    def _states(self) -> KeptStates:
+        return self.states or KeptStates(self.parts.backbone, self.corpus.calibration)
+
+    @contextmanager
+    def _bar(self, what: str, steps: int) -> Iterator[tuple[Notify, Advance]]:
+        """A bar of steps with the divergence as it was last judged."""
+        with tqdm(total=steps, desc=what, disable=not self.show_progress, leave=False) as bar:
+
+            def advance(made: int) -> None:
+                bar.update(made - bar.n)
+
+            def notify(made: int, kl: float) -> None:
+                bar.set_postfix_str(f"KL on text kept out {kl:.4f}", refresh=False)
+                advance(made)
+
+            yield notify, advance
 
     def embedding(self, mode: str, head: VQLogitsHead, bits: int) -> VQEmbedding:
         """The quantised input embedding.

@@ -221,12 +221,20 @@ class ConversionReport:
     @property
     def distillation(self) -> str | None:
         """How codes and codebook were trained, or None where they were not."""
-        done = self.fit.get("distillation")
+        return self._told("distillation", "the dense layer")
+
+    @property
+    def end_to_end(self) -> str | None:
+        """How the codebooks of both sides were trained through the body, or None."""
+        return self._told("end to end", "the original model")
+
+    def _told(self, stage: str, teacher: str) -> str | None:
+        done = self.fit.get(stage)
         if done is None:
             return None
         early = f"; ended early: {done['stopped']}" if done["stopped"] else ""
         return (
-            f"{done['steps']:,} steps; divergence from the dense layer {done['kl_before']:.3g} -> "
+            f"{done['steps']:,} steps; divergence from {teacher} {done['kl_before']:.3g} -> "
             f"{done['kl_after']:.3g} nats a token, on text kept out of it{early}"
         )
 
@@ -255,6 +263,8 @@ class ConversionReport:
                 facts.append((name, f"{text['source']}, {text['tokens']:,} tokens"))
         if self.distillation is not None:
             facts.append(("distillation", self.distillation))
+        if self.end_to_end is not None:
+            facts.append(("end-to-end distillation", self.end_to_end))
         times = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
         return [*facts, ("time", times), ("seed", str(self.seed))]
 

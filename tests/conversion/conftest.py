@@ -28,6 +28,7 @@ def _offline(monkeypatch):
 def _no_distillation_by_default(monkeypatch):
     """Only tests that ask for a distillation wait for one."""
     monkeypatch.setattr(convert, "DISTILL_STEPS", 0)
+    monkeypatch.setattr(convert, "INPUT_DISTILL_STEPS", 0)
 
 
 @pytest.fixture(scope="session")
