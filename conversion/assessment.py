@@ -148,18 +148,19 @@ def _scores(
 ) -> dict[str, HeadScore]:
     heads = {QUANTISED: head, **{str(s): h for s, h in rungs.items()}}
     return compare_heads(
-        _batches(quantiser),
-        _in_own_type(quantiser, quantiser.parts.logits),
-        {name: _in_own_type(quantiser, h) for name, h in heads.items()},
+        evaluation_batches(quantiser),
+        in_own_type(quantiser, quantiser.parts.logits),
+        {name: in_own_type(quantiser, h) for name, h in heads.items()},
     )
 
 
 def _converted_score(quantiser: Quantiser, head: VQLogitsHead, dense: HeadScore) -> HeadScore:
     """Score of the head on the hidden states of the backbone with its quantised embedding."""
-    return judge_model(_batches(quantiser), _in_own_type(quantiser, head), dense.choices)
+    return judge_model(evaluation_batches(quantiser), in_own_type(quantiser, head), dense.choices)
 
 
-def _batches(quantiser: Quantiser) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(quantiser: Quantiser) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states (n, d) of the evaluation text and the tokens that follow (n,), in batches."""
     return hidden_states(
         quantiser.parts.backbone,
         quantiser.corpus.evaluation,
@@ -168,7 +169,8 @@ def _batches(quantiser: Quantiser) -> Iterator[tuple[Tensor, Tensor]]:
     )
 
 
-def _in_own_type(quantiser: Quantiser, layer: Logits) -> Logits:
+def in_own_type(quantiser: Quantiser, layer: Logits) -> Logits:
+    """The layer on hidden states in the type of the original's output weights."""
     dtype = quantiser.parts.weight.dtype
     return lambda hidden: layer(hidden.to(dtype))
 
