@@ -199,7 +199,15 @@ def convert_to_vq(
         with quantiser.timed("input embedding"):
             embedding = quantiser.embedding(embeddings, head, embedding_bits)
     report = assess(
-        quantiser, source, size, head, embedding, method=method, embeddings=embeddings, rungs=rungs
+        quantiser,
+        source,
+        statistics,
+        size,
+        head,
+        embedding,
+        method=method,
+        embeddings=embeddings,
+        rungs=rungs,
     )
     if selection is not None:
         selection.tell(report)

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .coverage import NAMES, TextCoverage
+
 REPORT_FILE = "vq_report.json"
 
 
@@ -88,6 +90,9 @@ class ConversionReport:
         logit_seconds: for one row, `dense_float32`, `dense_bfloat16`, `quantised`.
         calibration: `source`, of a local path the last part, and `tokens`.
         evaluation: likewise, and `context`.
+        coverage: how well the calibration text covers others, by name: `evaluation`, and `own_text`
+            where the model could write some to compare with.
+        likely_vocabulary: share of the tokens that the calibration text makes likely.
         fit: what the method tells of itself.
         seconds: time of each step.
         ladder: sizes compared, with `--ladder`.
@@ -129,6 +134,8 @@ class ConversionReport:
     logit_seconds: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
+    coverage: dict[str, TextCoverage] = field(default_factory=dict)
+    likely_vocabulary: float | None = None
     fit: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     ladder: list[LadderRung] = field(default_factory=list)
@@ -282,6 +289,12 @@ class ConversionReport:
         for name, text in (("calibration", self.calibration), ("evaluation", self.evaluation)):
             if text is not None:
                 facts.append((name, f"{text['source']}, {text['tokens']:,} tokens"))
+        if self.likely_vocabulary is not None:
+            facts.append(
+                ("tokens that the calibration text makes likely", f"{self.likely_vocabulary:.1%}")
+            )
+        for name, found in self.coverage.items():
+            facts.append((f"coverage of {NAMES[name]}", str(found)))
         if self.distillation is not None:
             facts.append(("distillation", self.distillation))
         times = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())

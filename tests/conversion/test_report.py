@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from hf_vqlogits.conversion.card import model_card, plot
+from hf_vqlogits.conversion.coverage import TextCoverage
 from hf_vqlogits.conversion.report import (
     Candidate,
     ConversionReport,
@@ -194,6 +195,27 @@ def test_candidates_in_card_and_json(searched):
         "passed": False,
         "chosen": False,
     }
+
+
+def test_coverage_is_told_everywhere(report):
+    assert "coverage" not in printed(report, 200)
+    report.coverage = {
+        "evaluation": TextCoverage(25_000, 0.0812, 1.07),
+        "own_text": TextCoverage(2_016, 0.293, 3.672),
+    }
+    report.likely_vocabulary = 0.084
+    told = (
+        "coverage of the evaluation text: 8.1% of its tokens never occur in the calibration text, "
+        "mean square of its hidden states x1.07",
+        "coverage of what the model writes by itself: 29.3% of its tokens never",
+        "tokens that the calibration text makes likely: 8.4%",
+    )
+    for shown in (printed(report, 200), model_card(report)):
+        for part in told:
+            assert part in shown.replace("\n", " ")
+    values = json.loads(report.to_json())
+    assert values["coverage"]["own_text"] == {"tokens": 2_016, "unseen": 0.293, "hidden": 3.672}
+    assert values["likely_vocabulary"] == 0.084
 
 
 def test_card_is_markdown_with_front_matter(report, rung):
