@@ -50,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--bits", type=int, help="bits a token (signs)")
     size.add_argument("--bits-per-weight", type=float, help="bits a token over d (signs)")
+    size.add_argument(
+        "--max-perplexity-increase",
+        metavar="SHARE",
+        type=float,
+        help="the smallest head that raises the perplexity by at most this share, 0.02 for 2%% "
+        "(signs)",
+    )
     size.add_argument("--num-codebooks", type=int, help="codebooks (residual)")
     size.add_argument("--codebook-size", type=int, help="codewords of a codebook (index codes)")
     p.add_argument(

@@ -23,6 +23,7 @@ from .checkpoint import (
     whole_or_nothing,
     write_checkpoint,
 )
+from .choice import check_choice, sizes_to_choose_from
 from .corpus import Corpus, prepare_corpus
 from .distillation_state import check_state_file
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
@@ -31,6 +32,7 @@ from .families import take_apart
 from .held_out import check_length, long_enough
 from .quantise import LADDER, REREADINGS, Quantiser
 from .report import ConversionReport
+from .selection import select_head
 from .sizes import HeadSize, check_size_options, choose_size
 from .source import Source, load_source
 
@@ -51,6 +53,7 @@ def convert_to_vq(
     param_reduction: float | None = None,
     bits: int | None = None,
     bits_per_weight: float | None = None,
+    max_perplexity_increase: float | None = None,
     num_codebooks: int | None = None,
     codebook_size: int | None = None,
     fine_share: float | None = None,
@@ -86,6 +89,10 @@ def convert_to_vq(
         param_reduction: share of the V d parameters to save; default 0.98.
         bits: R, bits a token, instead (signs).
         bits_per_weight: R / d instead (signs).
+        max_perplexity_increase: instead, take the smallest head that raises the perplexity of the
+            evaluation text, after its distillation, by at most this share, 0.02 for 2% (signs,
+            with `embeddings` `"keep"` and without `distill_state`). Several heads are fitted and
+            up to four distilled.
         num_codebooks: G (index codes).
         codebook_size: K (index codes).
         fine_share: share of the tokens that have a second code, those that count most (signs);
@@ -134,6 +141,9 @@ def convert_to_vq(
         "codebook_size": codebook_size,
         "fine_share": fine_share,
     }
+    if max_perplexity_increase is not None:
+        given = {name: value for name, value in sizes.items() if name != "fine_share"}
+        check_choice(max_perplexity_increase, method, embeddings, state_file, **given)
     check_size_options(method, **sizes)
     _check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
     input_distill_steps = _check_input_steps(input_distill_steps, embeddings)
@@ -152,7 +162,12 @@ def convert_to_vq(
     )
     parts = take_apart(source.model)
     vocab_size, hidden_size = parts.weight.shape
-    size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
+    choices = []
+    if max_perplexity_increase is None:
+        size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
+    else:
+        choices = sizes_to_choose_from(vocab_size, hidden_size, fine_share)
+        size = choices[-1]  # the largest that may be written
     steps = _ladder_sizes(vocab_size, hidden_size, fine_share) if ladder else []
     check_embeddings(embeddings, parts)
     embedding_bits = choose_embedding_bits(embeddings, parts, size, embedding_bits)
@@ -173,11 +188,23 @@ def convert_to_vq(
     distill_steps = _steps("distill_steps", distill_steps, method, corpus)
     with quantiser.timed("calibration"):
         statistics = quantiser.calibrate(keep_states=distill_steps + input_distill_steps > 0)
-    with quantiser.timed("fit"):
-        head, rungs = _fit(quantiser, method, size, steps, statistics)
-    if distill_steps:
-        with quantiser.timed("distillation"):
-            quantiser.distill(head, distill_steps, statistics, state_file=state_file)
+    selection = None
+    if max_perplexity_increase is not None:
+        selection = select_head(
+            quantiser,
+            statistics,
+            max_perplexity_increase,
+            choices,
+            ladder=steps,
+            distill_steps=distill_steps,
+        )
+        size, head, rungs = selection.size, selection.head, selection.rungs
+    else:
+        with quantiser.timed("fit"):
+            head, rungs = _fit(quantiser, method, size, steps, statistics)
+        if distill_steps:
+            with quantiser.timed("distillation"):
+                quantiser.distill(head, distill_steps, statistics, state_file=state_file)
     embedding = None
     if embedding_bits is not None:
         with quantiser.timed("input embedding"):
@@ -188,8 +215,18 @@ def convert_to_vq(
                 head, embedding, input_distill_steps, state_file=state_file
             )
     report = assess(
-        quantiser, source, size, head, embedding, method=method, embeddings=embeddings, rungs=rungs
+        quantiser,
+        source,
+        statistics,
+        size,
+        head,
+        embedding,
+        method=method,
+        embeddings=embeddings,
+        rungs=rungs,
     )
+    if selection is not None:
+        selection.tell(report)
     if folder is not None:
         report.output = str(folder)
         # Again: hours have passed, and something may have appeared there.

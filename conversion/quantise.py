@@ -105,20 +105,27 @@ class Quantiser:
         self, sizes: list[HeadSize], statistics: CalibrationStatistics
     ) -> dict[HeadSize, VQLogitsHead]:
         """Sign-coded heads of several sizes, each refined on its own from one greedy prefix."""
-        fitter = SignFitter(
+        fitter = self.sign_fitter(statistics)
+        fitter.greedy(max(size.num_codebooks for size in sizes))
+        return {size: self.sign_head(size, statistics, fitter) for size in sizes}
+
+    def sign_fitter(self, statistics: CalibrationStatistics) -> SignFitter:
+        """What fits sign codes of the model, for [`sign_head`]."""
+        return SignFitter(
             self.parts.weight,
             statistics,
             bias=self.parts.bias,
             seed=self.seed,
             progress=self.progress,
         )
-        fitter.greedy(max(size.num_codebooks for size in sizes))
-        heads = {}
-        for size in sizes:
-            fit = fitter.fit(size.num_codebooks, size.num_fine_tokens)
-            self.details[f"signs {size.num_codebooks}"] = fit.details
-            heads[size] = self._head(size, statistics, fit)
-        return heads
+
+    def sign_head(
+        self, size: HeadSize, statistics: CalibrationStatistics, fitter: SignFitter
+    ) -> VQLogitsHead:
+        """A sign-coded head, refined from the greedy prefix of the fitter."""
+        fit = fitter.fit(size.num_codebooks, size.num_fine_tokens)
+        self.details[f"signs {size.num_codebooks}"] = fit.details
+        return self._head(size, statistics, fit)
 
     def index_head(
         self, size: HeadSize, method: str, statistics: CalibrationStatistics
