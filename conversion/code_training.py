@@ -30,7 +30,7 @@ from .loss_slope import LossSums
 logger = logging.getLogger(__name__)
 
 EVERY = 64  # optimiser steps
-DAMPING = 2.0  # of the first move; figures in `loss_slope.py`
+DAMPING = 2.0  # of the first move; figures in docs/fitting.md
 KEPT_OUT = 8  # one position of so many
 JUDGED = 4096  # positions at most, of all processes
 

@@ -18,11 +18,7 @@ hand say D times the spread. By as much as the larger explains it, a gradient is
 name, but the head thinks all but impossible, has next to no curvature: a step by that alone would
 overshoot. So what limits the step is the larger of the two as well.
 
-A small GPT-2 (d 256) at 99.5%, one move from 49,152 positions, change of the loss in nats on other
-parts of the same books / on other books: drawn by the larger -0.0223 / +0.0006, by the spread alone
--0.0186 / +0.0013 (at lambda 4, as at 2 it is -0.0257 / +0.0079), not drawn, on other books alone,
-+0.029 at lambda 4. The larger with lambda 1, 2, 4: -0.0285 / +0.0012, -0.0223 / +0.0006, -0.0156 /
-+0.0007.
+docs/fitting.md has figures.
 """
 
 import torch
