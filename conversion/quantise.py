@@ -129,6 +129,7 @@ class Quantiser:
         steps: int,
         statistics: CalibrationStatistics,
         *,
+        learn_codes: bool = True,
         state_file: Path | None = None,
     ) -> None:
         """Train the head's codes and codebook towards the dense layer.
@@ -137,12 +138,13 @@ class Quantiser:
             head: in place.
             steps: of about a thousand positions each.
             statistics: of the calibration text.
+            learn_codes: sign codes as well; without, they stay and the codebook has all steps.
             state_file: where an interrupted run is kept.
         """
         parts = self.parts
         states = self.states or KeptStates(parts.backbone, self.corpus.calibration)
         metric = None
-        if head.code_type == "sign":
+        if learn_codes and head.code_type == "sign":
             metric = token_metric(parts.weight, statistics, bias=parts.bias)
         with tqdm(
             total=steps, desc="distilling", disable=not self.show_progress, leave=False
