@@ -150,6 +150,7 @@ class Quantiser:
         steps: int,
         statistics: CalibrationStatistics,
         *,
+        learn_codes: bool = True,
         state_file: Path | None = None,
     ) -> None:
         """Train the head's codes and codebook towards the dense layer.
@@ -158,11 +159,12 @@ class Quantiser:
             head: in place.
             steps: of about a thousand positions each.
             statistics: of the calibration text.
+            learn_codes: sign codes as well; without, they stay and the codebook has all steps.
             state_file: where an interrupted run is kept.
         """
         parts = self.parts
         metric = None
-        if head.code_type == "sign":
+        if learn_codes and head.code_type == "sign":
             metric = token_metric(parts.weight, statistics, bias=parts.bias)
         with self._bar("distilling", steps) as (notify, advance):
             done = distill(
