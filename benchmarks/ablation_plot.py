@@ -12,10 +12,10 @@ from .factor_axis import FLOOR, factor_axis, height
 Row = Mapping[str, Any]
 NAMES = {
     None: "dense",
+    "random": "random, G = 1",
+    "contiguous": "contiguous, G = 1",
+    "frequency": "frequency, G = 1",
     "kmeans": "k-means, G = 1",
-    "random": "random,\nG = 1",
-    "contiguous": "contiguous,\nG = 1",
-    "frequency": "frequency,\nG = 1",
     "residual": "residual",
     "signs": "signs",
 }
@@ -26,6 +26,7 @@ MAPPINGS = {
     "codes": "distilled, codes learnt",
 }
 SHADES = {"none": "C0", "head": "C1", "all": "C2", "no": "C0", "codebook": "C1", "codes": "C2"}
+PERPLEXITIES = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 FACTOR = "perplexity over the dense model's"
 
 
@@ -57,8 +58,10 @@ def _sizes(panel: Any, rows: Sequence[Row]) -> None:
             label = f"{NAMES[method]}, {TRAININGS[trained]}"
             color = SHADES[trained]
             panel.plot(*_columns(points), marker=marker, linestyle=line, color=color, label=label)
-    bounds = sorted((_codewords(row), height(_bound(row))) for row in rows if _bound(row))
-    label = "bound of G = 1 over the dense model"
+    # Below the dense model's perplexity the bound forbids nothing that matters.
+    binding = [row for row in rows if row["trained"] == "none" and _bound(row) > 1]
+    bounds = sorted((_codewords(row), height(_bound(row))) for row in binding)
+    label = "bound of k-means, G = 1, over the dense model"
     panel.plot(*_columns(bounds), color="black", linestyle="--", linewidth=1, label=label)
     panel.set_xscale("log")
     factor_axis(panel)
@@ -73,14 +76,12 @@ def _starts(panel: Any, rows: Sequence[Row]) -> None:
     methods.sort(key=list(NAMES).index)
     _bars(panel, rows, methods, "method", "trained", TRAININGS)
     for row in rows:
-        if row["trained"] == "all" and _bound(row):
+        if row["trained"] == "none" and _bound(row) > 1:
             at = methods.index(row["method"])
             bound = height(_bound(row))
             panel.hlines(bound, at - 0.42, at + 0.42, color="black", linestyle="--", linewidth=1)
     panel.plot([], [], color="black", linestyle="--", linewidth=1, label="bound of G = 1")
-    panel.set_xticks(
-        range(len(methods)), [NAMES[m].replace("means, G", "means,\nG") for m in methods]
-    )
+    panel.set_xticks(range(len(methods)), [NAMES[m].replace(", ", ",\n") for m in methods])
     panel.set_ylabel(FACTOR)
 
 
@@ -104,6 +105,10 @@ def _trainings(panel: Any, rows: Sequence[Row]) -> None:
         bars = panel.bar(at, heights, 0.95 * width, color=SHADES[trained], label=label)
         panel.bar_label(bars, fmt="%.1f", fontsize="small")
     panel.set_yscale("log")
+    panel.set_yticks(PERPLEXITIES, [f"{tick:,}" for tick in PERPLEXITIES])
+    panel.minorticks_off()
+    shown = [_perplexity(row) for row in rows]
+    panel.set_ylim(min(shown) / 1.3, 1.5 * max(shown))
     panel.set_xticks(range(len(methods)), [NAMES[method] for method in methods])
     panel.set_ylabel("perplexity")
 

@@ -104,7 +104,7 @@ def main() -> None:
     p.add_argument("--tokens-per-step", type=int, default=1024)
     p.add_argument("--batch-size", type=int, default=4, help="rows of a forward pass")
     p.add_argument("--context", type=int, default=256, help="tokens of a row")
-    p.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    p.add_argument("--rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4])
     p.add_argument("--head-factor", type=float, default=1.0, help="rate of codewords over others")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--distill-steps", type=int, default=DISTILL_STEPS)
