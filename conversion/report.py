@@ -296,7 +296,9 @@ class ConversionReport:
         ]
         for name, text in (("calibration", self.calibration), ("evaluation", self.evaluation)):
             if text is not None:
-                facts.append((name, f"{text['source']}, {text['tokens']:,} tokens"))
+                again = text.get("rereadings")
+                often = f", read again {again}x with tokens redrawn" if again else ""
+                facts.append((name, f"{text['source']}, {text['tokens']:,} tokens{often}"))
         if self.likely_vocabulary is not None:
             facts.append(
                 ("tokens that the calibration text makes likely", f"{self.likely_vocabulary:.1%}")

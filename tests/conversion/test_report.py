@@ -218,6 +218,18 @@ def test_coverage_is_told_everywhere(report):
     assert values["likely_vocabulary"] == 0.084
 
 
+@pytest.mark.parametrize(
+    ("rereadings", "told"),
+    [
+        (0, "WikiText-2, 100,000 tokens\n"),
+        (2, "100,000 tokens, read again 2x with tokens redrawn\n"),
+    ],
+)
+def test_card_tells_how_often_the_text_was_read(report, rereadings, told):
+    report.calibration["rereadings"] = rereadings
+    assert told in model_card(report)
+
+
 def test_card_is_markdown_with_front_matter(report, rung):
     report.ladder = [rung]
     card = model_card(report)
