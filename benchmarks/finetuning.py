@@ -75,7 +75,7 @@ def prepare(
     head = quantiser.sign_heads([size], statistics)[size]
     quantiser.distill(head, DISTILL_STEPS, statistics)
     source = Source(case.name, dense.eval(), case.tokenizer, {})
-    report = assess(quantiser, source, size, head, method="signs", rungs={})
+    report = assess(quantiser, source, statistics, size, head, method="signs", rungs={})
     (folder / "vq").mkdir()
     write_checkpoint(folder / "vq", report.model, source)
     for name, rows in (("train", case.calibration), ("eval", corpus.evaluation)):

@@ -5,6 +5,7 @@ What is made here may be trained without the case it comes from changing.
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -29,14 +30,15 @@ def fit_head(
 def dense_model(parts: SourceParts) -> PreTrainedModel:
     """A copy of the original model."""
     config = copy.deepcopy(parts.config)  # building a model writes into its configuration
-    dense: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    dense: Any = AutoModelForCausalLM.from_config(config)
     dense.base_model.load_state_dict(parts.backbone.state_dict())
     dense.tie_weights()
     layer = dense.get_output_embeddings()
     layer.weight.copy_(parts.weight)
     if parts.bias is not None:
         layer.bias.copy_(parts.bias)
-    return dense.to(parts.weight.device)
+    moved: PreTrainedModel = dense.to(parts.weight.device)
+    return moved
 
 
 def quantised_model(

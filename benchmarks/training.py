@@ -178,9 +178,10 @@ def judge(model: PreTrainedModel, texts: Mapping[str, Tensor]) -> dict[str, Head
     """Score a model on texts of token ids (rows, context + 1), in evaluation mode and float32."""
     was_training = model.training
     model.eval()
+    backbone: Any = model.base_model
     head = model.get_output_embeddings()
     scores = {
-        text: compare_heads(hidden_states(model.base_model, blocks), head, {})["dense"]
+        text: compare_heads(hidden_states(backbone, blocks), head, {})["dense"]
         for text, blocks in texts.items()
     }
     model.train(was_training)
