@@ -21,7 +21,7 @@ from .code_learning import (
     slope_in_scores,
     slope_of_divergence,
 )
-from .distillation_state import HEAD, fingerprint, load_state, save_state
+from .distillation_state import HEAD, fingerprint
 from .held_out import POSITIONS, rows_of_step, split
 from .metric import TokenMetric
 from .precision import product_dtype
@@ -73,13 +73,7 @@ def distill(
     training = _HeadTraining(head, states, teacher, steps, seed, notify, advance)
     options = (steps, seed, learning_rate)
     key = fingerprint([*head.state_dict().values(), states.blocks], options)
-    kept = None if state_file is None else load_state(state_file, HEAD, key)
-    if kept is None:
-        training.judge(0)
-    else:
-        training.restore(kept)
-    if state_file is not None:
-        training.keep = lambda: save_state(state_file, HEAD, key, training.state())
+    training.begin(state_file, HEAD, key)
     if metric is not None and head.code_type == "sign":
         training.learn_codes(metric, int(CODE_SHARE * steps))
     if learning_rate is None:

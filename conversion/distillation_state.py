@@ -37,7 +37,10 @@ def check_state_file(file: Path, *steps: int | None) -> None:
             the file holds something else.
     """
     if all(asked == 0 for asked in steps):
-        raise ConversionError("`distill_state` keeps a distillation, but `distill_steps` is 0.")
+        raise ConversionError(
+            f"`distill_state` {str(file)!r} keeps a distillation, but there are no steps to make; "
+            "raise `distill_steps`, or leave it out."
+        )
     folder = file.absolute().parent
     if file.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ConversionError(

@@ -25,7 +25,7 @@ from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.embedding import VQEmbedding
 
 from .code_learning import CHUNK_BYTES, Logits
-from .distillation_state import END_TO_END, fingerprint, load_state, save_state
+from .distillation_state import END_TO_END, fingerprint
 from .held_out import rows_of_step, split
 from .precision import product_dtype
 from .streaming import KeptStates, frozen
@@ -100,13 +100,7 @@ def distill_end_to_end(
     tensors = [*sides.state_dict().values(), states.blocks]
     key = fingerprint(tensors, (steps, seed, learning_rate))
     with frozen(backbone):
-        kept = None if state_file is None else load_state(state_file, END_TO_END, key)
-        if kept is None:
-            training.judge(0)
-        else:
-            training.restore(kept)
-        if state_file is not None:
-            training.keep = lambda: save_state(state_file, END_TO_END, key, training.state())
+        training.begin(state_file, END_TO_END, key)
         if learning_rate is None:
             learning_rate = training.rate(max(head.num_codebooks, embedding.num_codebooks))
         training.descend(sides.parameters(), learning_rate, range(steps), backward)

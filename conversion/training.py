@@ -8,10 +8,13 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .distillation_state import load_state, save_state
 
 CHECKS = 5  # how often a run of Adam is judged
 # Adam moves a token's vector by up to the rate times the square root of the number of codebooks,
@@ -82,6 +85,25 @@ class Training:
     def take_back(self) -> None:
         """Make the module the best one again."""
         self._module.load_state_dict(self.best)
+
+    def begin(self, file: Path | None, stage: str, key: str) -> None:
+        """Judge the module as it is, or go on where an interrupted run was.
+
+        Args:
+            file: where the run is kept after every check; None keeps nothing.
+            stage: of the distillation.
+            key: of [`fingerprint`].
+
+        Raises:
+            ConversionError: `file` is of another run.
+        """
+        kept = None if file is None else load_state(file, stage, key)
+        if kept is None:
+            self.judge(0)
+        else:
+            self.restore(kept)
+        if file is not None:
+            self.keep = lambda: save_state(file, stage, key, self.state())
 
     def state(self) -> dict[str, Any]:
         """All that [`restore`] needs."""

@@ -236,6 +236,6 @@ def test_too_little_text(setting):
 @pytest.mark.parametrize("steps", [0, 5])
 def test_a_state_file_that_cannot_be(tmp_path, steps):
     place = tmp_path / "missing" / "state" if steps else tmp_path / "state"
-    message = "must name a file in a folder" if steps else "but `distill_steps` is 0"
+    message = "must name a file in a folder" if steps else "but there are no steps to make"
     with pytest.raises(ConversionError, match=message):
         check_state_file(place, steps)

@@ -327,7 +327,7 @@ def test_room_is_checked_for_the_whole_output(
         (
             {"embeddings": "tied", "distill_state": "s"}
             | {"distill_steps": 0, "input_distill_steps": 0},
-            "`distill_state` keeps a distillation, but",
+            "keeps a distillation, but there are no steps",
         ),
         ({"embeddings": "vq", "embedding_bits": 0}, "`embedding_bits` must be at least 1, got 0"),
         (
