@@ -24,7 +24,7 @@ from .end_to_end import distill_end_to_end
 from .families import SourceParts, head_config
 from .metric import token_metric
 from .precision import product_dtype
-from .redrawing import redraw
+from .redrawing import draw_tokens, redraw
 from .signs import SignFitter
 from .sizes import HeadSize
 from .streaming import KeptStates
@@ -90,13 +90,17 @@ class Quantiser:
             keep=keep_states,
         )
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = text[:, 1:]
+        drawn: list[Tensor] = []
+
+        def draw(probabilities: Tensor) -> None:
+            drawn.append(draw_tokens(probabilities, generator).cpu())
+
         for version, rows in enumerate(torch.arange(len(states.blocks)).split(len(text))):
             if version:
-                states.blocks[rows] = redraw(text, drawn, generator)
-            hidden = states(rows, progress=progress)
-            found = [accumulator.update_and_draw(h, generator) for h in hidden]
-            drawn = torch.cat(found).cpu().view_as(drawn)
+                states.blocks[rows] = redraw(text, torch.cat(drawn).view(len(text), -1), generator)
+                drawn.clear()
+            for hidden in states(rows, progress=progress):
+                accumulator.update(hidden, draw if version < self.rereadings else None)
         if keep_states:
             self.states = states
         return accumulator.finish()
