@@ -169,6 +169,9 @@ def convert_to_vq(
     distill_steps = _steps("distill_steps", distill_steps, method, corpus)
     with quantiser.timed("calibration"):
         statistics = quantiser.calibrate(keep_states=distill_steps + input_distill_steps > 0)
+    if embeddings == "tied":
+        with quantiser.timed("calibration"):
+            quantiser.weigh_inputs()
     with quantiser.timed("fit"):
         head, rungs = _fit(quantiser, method, size, steps, statistics)
     if distill_steps:
