@@ -5,7 +5,14 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from .report import LADDER_COLUMNS, ConversionReport, ladder_cells, last_part
+from .report import (
+    CANDIDATE_COLUMNS,
+    LADDER_COLUMNS,
+    ConversionReport,
+    candidate_cells,
+    ladder_cells,
+    last_part,
+)
 
 PLOT_FILE = "vq_report.png"
 CARD = """---
@@ -30,17 +37,21 @@ tokenizer = AutoTokenizer.from_pretrained("{title}")
 ![before and after]({plot})
 
 {facts}
-{ladder}{notes}
+{sizes}{notes}
 All figures and the versions behind them are in `vq_report.json`.
 """
 
 
 def model_card(report: ConversionReport) -> str:
     """The card as Markdown."""
-    ladder = ""
+    sizes = ""
     if report.ladder:
         cells = [ladder_cells(rung) for rung in report.ladder]
-        ladder = f"\nSizes that were compared:\n\n{_table(LADDER_COLUMNS, cells)}\n"
+        sizes = f"\nSizes that were compared:\n\n{_table(LADDER_COLUMNS, cells)}\n"
+    if report.candidates:
+        cells = [candidate_cells(candidate) for candidate in report.candidates]
+        table = _table(CANDIDATE_COLUMNS, cells)
+        sizes += f"\n{report.search_title.capitalize()}:\n\n{table}\n"
     notes = "".join(f"- {note}\n" for note in report.notes)
     metadata = ModelCardData(
         library_name="transformers",
@@ -69,7 +80,7 @@ def model_card(report: ConversionReport) -> str:
         before_after=_table(("", "before", "after"), report.rows()),
         plot=PLOT_FILE,
         facts="".join(f"- {name}: {value}\n" for name, value in report.facts()),
-        ladder=ladder,
+        sizes=sizes,
         notes=f"\nNotes:\n\n{notes}" if notes else "",
     )
 

@@ -12,6 +12,7 @@ from hf_vqlogits.configuration_vqlogits import EMBEDDINGS
 from .convert import DISTILL_STEPS, INPUT_DISTILL_STEPS, convert_to_vq
 from .corpus import CALIBRATION_TOKENS, SELF_TOKENS
 from .errors import ConversionError
+from .quantise import REREADINGS
 from .sizes import DEFAULT_FINE_SHARE, DEFAULT_REDUCTION, METHODS
 
 
@@ -49,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--bits", type=int, help="bits a token (signs)")
     size.add_argument("--bits-per-weight", type=float, help="bits a token over d (signs)")
+    size.add_argument(
+        "--max-perplexity-increase",
+        metavar="SHARE",
+        type=float,
+        help="the smallest head that raises the perplexity by at most this share, 0.02 for 2%% "
+        "(signs)",
+    )
     size.add_argument("--num-codebooks", type=int, help="codebooks (residual)")
     size.add_argument("--codebook-size", type=int, help="codewords of a codebook (index codes)")
     p.add_argument(
@@ -68,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help=f"how many of them at most; default {CALIBRATION_TOKENS:,}, or {SELF_TOKENS:,} of the "
         "model's own text",
+    )
+    text.add_argument(
+        "--rereadings",
+        type=int,
+        default=REREADINGS,
+        help="how often the calibration text is read again, each time with half of its tokens "
+        f"replaced by others that the model expects; default {REREADINGS}",
     )
     text.add_argument("--eval-data", help="default: a held-out fifth of the calibration text")
     p.add_argument(

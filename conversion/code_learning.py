@@ -78,13 +78,41 @@ def slope_of_divergence(
         for h in part.split(size):
             scores = eager.scores(h, words, biases, scale=head.score_scale)
             z = head.postprocess((scores.to(dtype) @ levels.T).float())
-            inner = _slope_of_postprocess(head, z)
+            inner = slope_of_postprocess(head, z)
             q = torch.softmax(z, -1)
             slope.curvature += torch.addcmul(q, q, q, value=-1).mul_(inner.square()).sum(0)
             q -= torch.softmax(teacher(h), -1, dtype=torch.float32)
             x = torch.nn.functional.pad((h - metric.mean) @ metric.unwhiten.T, (0, 1), value=1.0)
             slope.gradient += (q.mul_(inner).to(dtype).T @ x.to(dtype)).float()
     return slope
+
+
+@torch.no_grad()
+def slope_in_scores(
+    head: VQLogitsHead, levels: Tensor, scores: Tensor, teacher: Logits, hidden: Tensor
+) -> Tensor:
+    """Gradient of the sum over positions of KL(teacher || head) in the scores.
+
+    Autograd would keep half a dozen N x V tensors, and passes over them are what takes the time.
+
+    Args:
+        head: of sign codes.
+        levels: (V, R), of [`levels_of`], in the type of the products.
+        scores: (n, R), of the hidden states.
+        teacher: the original logits (n, V) of hidden states (n, d).
+        hidden: (n, d).
+
+    Returns:
+        (n, R) float32.
+    """
+    parts = []
+    size = max(1, CHUNK_BYTES // (4 * len(levels)))
+    for s, h in zip(scores.split(size), hidden.split(size), strict=True):
+        z = head.postprocess((s.to(levels.dtype) @ levels.T).float())
+        inner = slope_of_postprocess(head, z)
+        z = torch.softmax(z, -1).sub_(torch.softmax(teacher(h), -1)).mul_(inner)
+        parts.append((z.to(levels.dtype) @ levels).float())
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -142,7 +170,7 @@ def whitened_codebook(head: VQLogitsHead, metric: TokenMetric) -> Tensor:
     return torch.cat([whitened, biases[:, None]], 1).contiguous()
 
 
-def _slope_of_postprocess(head: VQLogitsHead, logits: Tensor) -> Tensor:
+def slope_of_postprocess(head: VQLogitsHead, logits: Tensor) -> Tensor:
     """Derivative of the logits in what the codes sum to, by the family's scale and soft-cap."""
     scale = logits.new_tensor(head.logit_scale)
     if head.final_logit_softcapping is None:

@@ -23,14 +23,16 @@ from .checkpoint import (
     whole_or_nothing,
     write_checkpoint,
 )
+from .choice import check_choice, sizes_to_choose_from
 from .corpus import Corpus, prepare_corpus
 from .distillation_state import check_state_file
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
 from .held_out import check_length, long_enough
-from .quantise import LADDER, Quantiser
+from .quantise import LADDER, REREADINGS, Quantiser
 from .report import ConversionReport
+from .selection import select_head
 from .sizes import HeadSize, check_size_options, choose_size
 from .source import Source, load_source
 
@@ -51,11 +53,13 @@ def convert_to_vq(
     param_reduction: float | None = None,
     bits: int | None = None,
     bits_per_weight: float | None = None,
+    max_perplexity_increase: float | None = None,
     num_codebooks: int | None = None,
     codebook_size: int | None = None,
     fine_share: float | None = None,
     calibration_data: str | os.PathLike[str] | None = None,
     calibration_tokens: int | None = None,
+    rereadings: int = REREADINGS,
     eval_data: str | os.PathLike[str] | None = None,
     distill_steps: int | None = None,
     distill_state: str | os.PathLike[str] | None = None,
@@ -85,6 +89,10 @@ def convert_to_vq(
         param_reduction: share of the V d parameters to save; default 0.98.
         bits: R, bits a token, instead (signs).
         bits_per_weight: R / d instead (signs).
+        max_perplexity_increase: instead, take the smallest head that raises the perplexity of the
+            evaluation text, after its distillation, by at most this share, 0.02 for 2% (signs,
+            with `embeddings` `"keep"` and without `distill_state`). Several heads are fitted and
+            up to four distilled.
         num_codebooks: G (index codes).
         codebook_size: K (index codes).
         fine_share: share of the tokens that have a second code, those that count most (signs);
@@ -93,6 +101,8 @@ def convert_to_vq(
             model writes. Default: WikiText-2, and `"self"` where that cannot be had.
         calibration_tokens: how many tokens of it to use at most; default 100,000, or 40,000 of text
             that the model writes.
+        rereadings: how often the calibration text is read again, each time with half of its tokens
+            replaced by others that the model expects.
         eval_data: text to judge by; default a held-out fifth of the calibration text.
         distill_steps: steps, of about a thousand positions each, of training codes and codebook
             towards the dense layer; default 256 for signs where the text is long enough, else 0.
@@ -131,11 +141,15 @@ def convert_to_vq(
         "codebook_size": codebook_size,
         "fine_share": fine_share,
     }
+    if max_perplexity_increase is not None:
+        given = {name: value for name, value in sizes.items() if name != "fine_share"}
+        check_choice(max_perplexity_increase, method, embeddings, state_file, **given)
     check_size_options(method, **sizes)
     _check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
     input_distill_steps = _check_input_steps(input_distill_steps, embeddings)
     if calibration_tokens is not None:
         _check_range("calibration_tokens", calibration_tokens, 1)
+    _check_range("rereadings", rereadings, 0)
     if distill_steps is not None:
         _check_range("distill_steps", distill_steps, 0)
     if state_file is not None:
@@ -148,7 +162,12 @@ def convert_to_vq(
     )
     parts = take_apart(source.model)
     vocab_size, hidden_size = parts.weight.shape
-    size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
+    choices = []
+    if max_perplexity_increase is None:
+        size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
+    else:
+        choices = sizes_to_choose_from(vocab_size, hidden_size, fine_share)
+        size = choices[-1]  # the largest that may be written
     steps = _ladder_sizes(vocab_size, hidden_size, fine_share) if ladder else []
     check_embeddings(embeddings, parts)
     embedding_bits = choose_embedding_bits(embeddings, parts, size, embedding_bits)
@@ -164,7 +183,7 @@ def convert_to_vq(
         seed=seed,
         show_progress=progress,
     )
-    quantiser = Quantiser(parts, corpus, seed, show_progress=progress)
+    quantiser = Quantiser(parts, corpus, seed, rereadings=rereadings, show_progress=progress)
     input_distill_steps = _steps("input_distill_steps", input_distill_steps, method, corpus)
     distill_steps = _steps("distill_steps", distill_steps, method, corpus)
     with quantiser.timed("calibration"):
@@ -172,11 +191,23 @@ def convert_to_vq(
     if embeddings == "tied":
         with quantiser.timed("calibration"):
             quantiser.weigh_inputs()
-    with quantiser.timed("fit"):
-        head, rungs = _fit(quantiser, method, size, steps, statistics)
-    if distill_steps:
-        with quantiser.timed("distillation"):
-            quantiser.distill(head, distill_steps, statistics, state_file=state_file)
+    selection = None
+    if max_perplexity_increase is not None:
+        selection = select_head(
+            quantiser,
+            statistics,
+            max_perplexity_increase,
+            choices,
+            ladder=steps,
+            distill_steps=distill_steps,
+        )
+        size, head, rungs = selection.size, selection.head, selection.rungs
+    else:
+        with quantiser.timed("fit"):
+            head, rungs = _fit(quantiser, method, size, steps, statistics)
+        if distill_steps:
+            with quantiser.timed("distillation"):
+                quantiser.distill(head, distill_steps, statistics, state_file=state_file)
     embedding = None
     if embedding_bits is not None:
         with quantiser.timed("input embedding"):
@@ -187,8 +218,18 @@ def convert_to_vq(
                 head, embedding, input_distill_steps, state_file=state_file
             )
     report = assess(
-        quantiser, source, size, head, embedding, method=method, embeddings=embeddings, rungs=rungs
+        quantiser,
+        source,
+        statistics,
+        size,
+        head,
+        embedding,
+        method=method,
+        embeddings=embeddings,
+        rungs=rungs,
     )
+    if selection is not None:
+        selection.tell(report)
     if folder is not None:
         report.output = str(folder)
         # Again: hours have passed, and something may have appeared there.

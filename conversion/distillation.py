@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 from hf_vqlogits import VQLogitsHead
+from hf_vqlogits.ops import eager
 
-from .code_learning import Logits, move_codes, slope_of_divergence
+from .code_learning import (
+    Logits,
+    levels_of,
+    move_codes,
+    slope_in_scores,
+    slope_of_divergence,
+)
 from .distillation_state import HEAD, fingerprint, load_state, save_state
 from .held_out import POSITIONS, rows_of_step, split
 from .metric import TokenMetric
+from .precision import product_dtype
 from .streaming import KeptStates
 from .training import Advance, Distillation, Notify, Training, divergence
 
@@ -97,7 +105,7 @@ class _HeadTraining(Training):
         self._head, self._states, self._teacher = head, states, teacher
         self._advance = advance
         self._rows = rows_of_step(states.blocks)
-        self._held, self._order = split(states.blocks, steps, seed)
+        self._held, self._order = split(states.blocks, steps, seed, versions=states.versions)
         self._damping, self._code_steps_made = DAMPING, 0
 
     def state(self) -> dict[str, Any]:
@@ -131,12 +139,27 @@ class _HeadTraining(Training):
         """Adam on codewords and biases, for all steps that are left."""
         head = self._head
         steps = range(self._code_steps_made, len(self._order) // self._rows)
+        levels = None
+        if head.code_type == "sign":
+            levels = levels_of(head).to(product_dtype(head.codes.device))
 
         def backward(step: int) -> None:
             for hidden in self._advancing(step, step + 1):
-                (divergence(self._teacher(hidden), head(hidden)) / len(hidden)).backward()
+                self._backward(hidden, levels)
 
         self.descend((head.codebook, head.codebook_bias), learning_rate, steps, backward)
+
+    def _backward(self, hidden: Tensor, levels: Tensor | None) -> None:
+        """Gradients of the mean divergence in codewords and biases; levels of sign codes."""
+        head = self._head
+        if levels is None:
+            (divergence(self._teacher(hidden), head(hidden)) / len(hidden)).backward()
+            return
+        scores = eager.scores(
+            hidden, head.codebook.float(), head.codebook_bias.float(), scale=head.score_scale
+        )
+        slope = slope_in_scores(head, levels, scores.detach(), self._teacher, hidden)
+        scores.backward(slope / len(hidden))
 
     def _advancing(self, first: int, last: int) -> Iterator[Tensor]:
         """Hidden states of steps, telling how far they are."""

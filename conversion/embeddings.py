@@ -22,7 +22,6 @@ from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.coded import score_scale
 from hf_vqlogits.embedding import VQEmbedding, family_scale
 
-from .calibration import ROWS
 from .errors import ConversionError
 from .families import SourceParts
 from .metric import TokenMetric
@@ -40,6 +39,7 @@ TIED_WEIGHT = 0.3  # trace of the metric of input vectors over that of output ve
 SMOOTHING = 0.1  # added to the count of every token
 FISHER_TOKENS = 8192  # of the text, read forwards and backwards
 LEAST_EIGENVALUE = 1e-2  # of the mean one: what few texts show no use of has some
+CHUNK_ROWS = 512  # of hidden states, whose V-wide logits are there at once
 PROBE = 32  # tokens on which the family's scale is proved
 
 
@@ -185,7 +185,7 @@ def _gradient_of_predictions(
 ) -> Tensor:
     """Gradient, in hidden states (..., d), of the log-likelihood of tokens drawn from the model."""
     rows = hidden.detach().flatten(0, -2).requires_grad_()
-    for some in rows.split(ROWS):
+    for some in rows.split(CHUNK_ROWS):
         logits = parts.logits(some.to(parts.weight.dtype)).float()
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
         nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()

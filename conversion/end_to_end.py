@@ -73,7 +73,7 @@ def distill_end_to_end(
     """
     student = _Student(backbone, embedding)
     sides = nn.ModuleList([embedding, head])
-    held, order = split(states.blocks, steps, seed, "input_distill_steps")
+    held, order = split(states.blocks, steps, seed, "input_distill_steps", versions=states.versions)
     rows = rows_of_step(states.blocks)
 
     def of_rows(some: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ HELD_OUT = 8  # steps' worth of positions on which progress is judged
 
 
 def split(
-    blocks: Tensor, steps: int, seed: int, option: str = "distill_steps"
+    blocks: Tensor, steps: int, seed: int, option: str = "distill_steps", *, versions: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Rows kept out, and those of all steps: in another order every time all have been seen.
 
@@ -21,6 +21,8 @@ def split(
         steps: of [`rows_of_step`] rows each.
         seed: of the order and of what is kept out.
         option: which asked for the training.
+        versions: so many versions of one text follow each other in `blocks`. What is kept out is of
+            the first, and no version of it is trained on.
 
     Returns:
         Rows kept out (m,), and rows to train on (steps * rows of a step,).
@@ -28,11 +30,12 @@ def split(
     Raises:
         ConversionError: the text is too short.
     """
-    check_length(blocks, option)
-    rows, held = rows_of_step(blocks), _kept_out(blocks)
+    text = blocks[: len(blocks) // versions]
+    check_length(text, option)
+    rows, held = rows_of_step(text), _kept_out(text)
     generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(blocks), generator=generator)
-    train = shuffled[held:]
+    shuffled = torch.randperm(len(text), generator=generator)
+    train = torch.cat([shuffled[held:] + version * len(text) for version in range(versions)])
     epochs = math.ceil(steps * rows / len(train))
     order = [train[torch.randperm(len(train), generator=generator)] for _ in range(epochs)]
     return shuffled[:held], torch.cat([train[:0], *order])[: steps * rows]

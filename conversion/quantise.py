@@ -30,12 +30,14 @@ from .end_to_end import distill_end_to_end
 from .families import SourceParts, head_config
 from .metric import TokenMetric, token_metric
 from .precision import product_dtype
+from .redrawing import redraw
 from .signs import SignFitter
 from .sizes import HeadSize
-from .streaming import KeptStates, hidden_states
+from .streaming import KeptStates
 from .training import Advance, Notify
 
 LADDER = (0.995, 0.99, 0.98, 0.96)
+REREADINGS = 1
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Quantiser:
         corpus: its text.
         seed: of everything random.
         show_progress: show bars.
+        rereadings: how often the calibration text is read again, redrawn (`redrawing.py`).
         seconds: time of each step so far.
         details: what the steps told of themselves.
         states: hidden states that the calibration kept.
@@ -57,6 +60,7 @@ class Quantiser:
     corpus: Corpus
     seed: int
     show_progress: bool = False
+    rereadings: int = REREADINGS
     seconds: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     states: KeptStates | None = None
@@ -86,15 +90,23 @@ class Quantiser:
             logit_scale=parts.transform.scale,
             final_logit_softcapping=parts.transform.softcap,
         )
-        blocks, progress = self.corpus.calibration, self.progress("calibrating")
+        text, progress = self.corpus.calibration, self.progress("calibrating")
+        states = KeptStates(
+            parts.backbone,
+            text.repeat(1 + self.rereadings, 1),
+            versions=1 + self.rereadings,
+            keep=keep_states,
+        )
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = text[:, 1:]
+        for version, rows in enumerate(torch.arange(len(states.blocks)).split(len(text))):
+            if version:
+                states.blocks[rows] = redraw(text, drawn, generator)
+            hidden = states(rows, progress=progress)
+            found = [accumulator.update_and_draw(h, generator) for h in hidden]
+            drawn = torch.cat(found).cpu().view_as(drawn)
         if keep_states:
-            self.states = KeptStates(parts.backbone, blocks)
-            every = torch.arange(len(blocks))
-            for hidden in self.states(every, progress=progress):
-                accumulator.update(hidden)
-        else:
-            for hidden, _ in hidden_states(parts.backbone, blocks, progress=progress):
-                accumulator.update(hidden)
+            self.states = states
         return accumulator.finish()
 
     def weigh_inputs(self) -> None:
@@ -105,16 +117,23 @@ class Quantiser:
         self, sizes: list[HeadSize], statistics: CalibrationStatistics
     ) -> dict[HeadSize, VQLogitsHead]:
         """Sign-coded heads of several sizes, each refined on its own from one greedy prefix."""
-        fitter = SignFitter.of_metric(
+        fitter = self.sign_fitter(statistics)
+        fitter.greedy(max(size.num_codebooks for size in sizes))
+        return {size: self.sign_head(size, statistics, fitter) for size in sizes}
+
+    def sign_fitter(self, statistics: CalibrationStatistics) -> SignFitter:
+        """What fits sign codes of the model, for [`sign_head`]."""
+        return SignFitter.of_metric(
             self._metric(statistics), seed=self.seed, progress=self.progress
         )
-        fitter.greedy(max(size.num_codebooks for size in sizes))
-        heads = {}
-        for size in sizes:
-            fit = fitter.fit(size.num_codebooks, size.num_fine_tokens)
-            self.details[f"signs {size.num_codebooks}"] = fit.details
-            heads[size] = self._head(size, statistics, fit)
-        return heads
+
+    def sign_head(
+        self, size: HeadSize, statistics: CalibrationStatistics, fitter: SignFitter
+    ) -> VQLogitsHead:
+        """A sign-coded head, refined from the greedy prefix of the fitter."""
+        fit = fitter.fit(size.num_codebooks, size.num_fine_tokens)
+        self.details[f"signs {size.num_codebooks}"] = fit.details
+        return self._head(size, statistics, fit)
 
     def index_head(
         self, size: HeadSize, method: str, statistics: CalibrationStatistics
@@ -139,6 +158,7 @@ class Quantiser:
         steps: int,
         statistics: CalibrationStatistics,
         *,
+        learn_codes: bool = True,
         state_file: Path | None = None,
     ) -> None:
         """Train the head's codes and codebook towards the dense layer.
@@ -147,11 +167,12 @@ class Quantiser:
             head: in place.
             steps: of about a thousand positions each.
             statistics: of the calibration text.
+            learn_codes: sign codes as well; without, they stay and the codebook has all steps.
             state_file: where an interrupted run is kept.
         """
         parts = self.parts
         metric = None
-        if head.code_type == "sign":
+        if learn_codes and head.code_type == "sign":
             metric = self._metric(statistics)
         with self._bar("distilling", steps) as (notify, advance):
             done = distill(

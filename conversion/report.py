@@ -3,12 +3,15 @@
 import json
 import os
 import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from .coverage import NAMES, TextCoverage
 
 REPORT_FILE = "vq_report.json"
 
@@ -25,6 +28,30 @@ class LadderRung:
     perplexity_factor: float
     greedy_agreement: float
     logit_seconds: float
+
+
+@dataclass
+class Candidate:
+    """A size that a search tried. Factors are of the perplexity of the evaluation text.
+
+    Attributes:
+        num_codebooks: R.
+        bits_per_token: mean length of a token's code.
+        param_reduction: as in the report.
+        fit_factor: by the fit alone.
+        factor: of the head as it would be written, after the distillation where there is one; None
+            where the fit alone told enough.
+        passed: whether that is within the limit.
+        chosen: the smallest that passed.
+    """
+
+    num_codebooks: int
+    bits_per_token: float
+    param_reduction: float
+    fit_factor: float
+    factor: float | None
+    passed: bool | None
+    chosen: bool
 
 
 @dataclass
@@ -61,11 +88,16 @@ class ConversionReport:
         perplexity_bound: with one index codebook, the perplexity that no training can go below.
         greedy_agreement: share of positions where the most likely token stayed the same.
         logit_seconds: for one row, `dense_float32`, `dense_bfloat16`, `quantised`.
-        calibration: `source`, of a local path the last part, and `tokens`.
+        calibration: `source`, of a local path the last part, `tokens`, and `rereadings` of them.
         evaluation: likewise, and `context`.
+        coverage: how well the calibration text covers others, by name: `evaluation`, and `own_text`
+            where the model could write some to compare with.
+        likely_vocabulary: share of the tokens that the calibration text makes likely.
         fit: what the method tells of itself.
         seconds: time of each step.
         ladder: sizes compared, with `--ladder`.
+        max_perplexity_increase: the option that chose the size, or None.
+        candidates: sizes tried for it, smallest first.
         versions: of Python and packages.
         machine: processor or GPU, and threads.
         seed: of everything random.
@@ -102,9 +134,13 @@ class ConversionReport:
     logit_seconds: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
+    coverage: dict[str, TextCoverage] = field(default_factory=dict)
+    likely_vocabulary: float | None = None
     fit: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     ladder: list[LadderRung] = field(default_factory=list)
+    max_perplexity_increase: float | None = None
+    candidates: list[Candidate] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -260,7 +296,15 @@ class ConversionReport:
         ]
         for name, text in (("calibration", self.calibration), ("evaluation", self.evaluation)):
             if text is not None:
-                facts.append((name, f"{text['source']}, {text['tokens']:,} tokens"))
+                again = text.get("rereadings")
+                often = f", read again {again}x with tokens redrawn" if again else ""
+                facts.append((name, f"{text['source']}, {text['tokens']:,} tokens{often}"))
+        if self.likely_vocabulary is not None:
+            facts.append(
+                ("tokens that the calibration text makes likely", f"{self.likely_vocabulary:.1%}")
+            )
+        for name, found in self.coverage.items():
+            facts.append((f"coverage of {NAMES[name]}", str(found)))
         if self.distillation is not None:
             facts.append(("distillation", self.distillation))
         if self.end_to_end is not None:
@@ -281,18 +325,29 @@ class ConversionReport:
         for name, value in self.facts():
             console.print(f"[bold]{name}[/bold]: {value}", highlight=False)
         if self.ladder:
-            console.print(self._ladder_table())
+            rungs = [ladder_cells(rung) for rung in self.ladder]
+            console.print(_grid("sizes to choose from", LADDER_COLUMNS, rungs))
+        if self.candidates:
+            tried = [candidate_cells(candidate) for candidate in self.candidates]
+            console.print(_grid(self.search_title, CANDIDATE_COLUMNS, tried))
         for note in self.notes:
             console.print(f"[yellow]note[/yellow]: {note}", highlight=False)
 
-    def _ladder_table(self) -> Table:
-        table = Table(title="sizes to choose from", title_justify="left")
-        for name in LADDER_COLUMNS:
-            header = textwrap.fill(name, 7, break_long_words=False)  # within 80 columns
-            table.add_column(header, justify="right", overflow="fold")
-        for rung in self.ladder:
-            table.add_row(*ladder_cells(rung))
-        return table
+    @property
+    def search_title(self) -> str:
+        """What the candidates were tried for."""
+        allowed = 100 * (self.max_perplexity_increase or 0)
+        return f"sizes tried for a perplexity of at most {allowed:+.4g}%"
+
+
+def _grid(title: str, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        header = textwrap.fill(name, 7, break_long_words=False)  # within 80 columns
+        table.add_column(header, justify="right", overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    return table
 
 
 LADDER_COLUMNS = (
@@ -318,6 +373,29 @@ def ladder_cells(rung: LadderRung) -> tuple[str, ...]:
         f"x{rung.perplexity_factor:.3f}",
         f"{rung.greedy_agreement:.1%}",
         milliseconds(rung.logit_seconds),
+    )
+
+
+CANDIDATE_COLUMNS = (
+    "R",
+    "bits a token",
+    "saved",
+    "factor, fit alone",
+    "factor",
+    "passed",
+)
+
+
+def candidate_cells(candidate: Candidate) -> tuple[str, ...]:
+    """A candidate as text, in the order of `CANDIDATE_COLUMNS`."""
+    passed = {None: "", True: "yes", False: "no"}[candidate.passed]
+    return (
+        f"{candidate.num_codebooks:,}",
+        f"{candidate.bits_per_token:,.0f}",
+        f"{candidate.param_reduction:.1%}",
+        f"x{candidate.fit_factor:.4f}",
+        "" if candidate.factor is None else f"x{candidate.factor:.4f}",
+        "chosen" if candidate.chosen else passed,
     )
 
 

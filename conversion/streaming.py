@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .precision import product_dtype
+
 BATCH_TOKENS = 4096
 KEPT_BYTES = 2 << 30  # of hidden states, at most: 900,000 positions of d 576 in float32
 
@@ -17,6 +19,7 @@ def hidden_states(
     blocks: Tensor,
     *,
     skip: int = 0,
+    fast: bool = False,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Hidden states and the tokens that follow them, a few thousand positions at a time.
@@ -25,6 +28,8 @@ def hidden_states(
         backbone: returns `last_hidden_state` (rows, context, d).
         blocks: token ids (rows, context + 1); each row is a context of its own.
         skip: first positions of each row to leave out; the others still see them.
+        fast: take the products of a float32 backbone in the type that the device multiplies
+            fastest, where statistics and training want many hidden states rather than all digits.
         progress: wraps the iteration over batches, tqdm for example.
 
     Yields:
@@ -32,10 +37,13 @@ def hidden_states(
         device.
     """
     device = backbone.device
+    dtype = product_dtype(device)
+    mixed = fast and backbone.dtype == torch.float32 and dtype != torch.float32
     rows = max(1, BATCH_TOKENS // max(1, blocks.shape[1] - 1))
     for start in progress(range(0, len(blocks), rows)):
         batch = blocks[start : start + rows].to(device)
-        hidden = backbone(batch[:, :-1], use_cache=False).last_hidden_state
+        with torch.autocast(device.type, dtype, enabled=mixed):
+            hidden = backbone(batch[:, :-1], use_cache=False).last_hidden_state
         yield hidden[:, skip:].float().flatten(0, 1), batch[:, 1 + skip :].flatten()
 
 
@@ -53,15 +61,21 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class KeptStates:
-    """Hidden states of blocks, computed once where all of them fit into `KEPT_BYTES`.
+    """Fast hidden states of blocks, computed once where all of them fit into `KEPT_BYTES`.
 
     Args:
         backbone: returns `last_hidden_state` (rows, context, d).
-        blocks: token ids (rows, context + 1); each row is a context of its own.
+        blocks: token ids (rows, context + 1); each row is a context of its own. Rows may change
+            until they are read for the first time.
+        versions: so many versions of one text follow each other in `blocks`.
+        keep: false to keep nothing.
     """
 
-    def __init__(self, backbone: PreTrainedModel, blocks: Tensor):
-        self.blocks = blocks
+    def __init__(
+        self, backbone: PreTrainedModel, blocks: Tensor, *, versions: int = 1, keep: bool = True
+    ):
+        self.blocks, self.versions = blocks, versions
+        self._room = KEPT_BYTES if keep else 0
         self._backbone = backbone
         self._kept: Tensor | None = None
         self._known = torch.zeros(len(blocks), dtype=torch.bool)
@@ -81,14 +95,14 @@ class KeptStates:
             if self._kept is not None and known:
                 hidden = self._kept[part].to(self._backbone.device).flatten(0, 1)
             else:
-                ((hidden, _),) = hidden_states(self._backbone, self.blocks[part])
+                ((hidden, _),) = hidden_states(self._backbone, self.blocks[part], fast=True)
                 self._keep(part, hidden)
             yield hidden
 
     def _keep(self, rows: Tensor, hidden: Tensor) -> None:
         size = hidden.shape[-1]
         if self._kept is None:
-            if 4 * len(self.blocks) * self._context * size > KEPT_BYTES:
+            if 4 * len(self.blocks) * self._context * size > self._room:
                 return
             self._kept = torch.empty(len(self.blocks), self._context, size)
         self._kept[rows] = hidden.view(len(rows), self._context, size).cpu()

@@ -35,7 +35,11 @@ def reference(weight, hidden, bias, scale, cap):
 def test_statistics_are_those_of_the_definition(scale, cap):
     weight, hidden, bias = data()
     accumulator = StatisticsAccumulator(
-        weight, bias=bias, logit_scale=scale, final_logit_softcapping=cap
+        weight,
+        bias=bias,
+        logit_scale=scale,
+        final_logit_softcapping=cap,
+        dtype=torch.float32,
     )
     for batch in hidden.split(17):
         accumulator.update(batch)
@@ -49,6 +53,33 @@ def test_statistics_are_those_of_the_definition(scale, cap):
     torch.testing.assert_close(found.context.double(), context, rtol=1e-3, atol=1e-3)
     assert found.positions == len(hidden)
     assert found.shift_invariant == (cap is None)
+
+
+def test_bfloat16_products_give_nearly_the_same():
+    weight, hidden, bias = data(4000)
+    weight /= 4
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        accumulator = StatisticsAccumulator(weight, bias=bias, dtype=dtype)
+        accumulator.update(hidden)
+        found.append(accumulator.finish())
+    exact, near = found
+    torch.testing.assert_close(near.fisher, exact.fisher, rtol=0.01, atol=0)
+    # A context is a mean: roundings of hidden states, 2^-9 of their size, average out.
+    torch.testing.assert_close(near.context, exact.context, rtol=0, atol=0.02)
+    assert torch.equal(near.covariance, exact.covariance)
+
+
+def test_tokens_are_drawn_from_the_models_distribution():
+    weight, hidden, bias = data(1)
+    plain, drawing = (StatisticsAccumulator(weight, bias=bias) for _ in range(2))
+    many = hidden.expand(20_000, -1)
+    plain.update(many)
+    drawn = drawing.update_and_draw(many, torch.Generator().manual_seed(0))
+    assert torch.equal(plain.finish().fisher, drawing.finish().fisher)
+    shares = drawn.bincount(minlength=V).double() / len(many)
+    expected = plain.finish().probability / len(many)
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.015)
 
 
 def test_a_scale_of_the_logits_changes_no_statistic():

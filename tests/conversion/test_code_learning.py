@@ -10,6 +10,7 @@ from hf_vqlogits.conversion.code_learning import (
     Slope,
     levels_of,
     move_codes,
+    slope_in_scores,
     slope_of_divergence,
     whitened_codebook,
 )
@@ -63,6 +64,22 @@ def setting(fine, after):
             head.fine_codes.copy_(fit.fine_codes)
     metric = token_metric(weight, statistics)
     return head, metric, (lambda h: postprocess(h @ weight.T, after)), hidden
+
+
+def test_slope_in_scores_is_the_gradient(setting, after, monkeypatch):
+    monkeypatch.setattr("hf_vqlogits.conversion.code_learning.CHUNK_BYTES", 4 * V * 7)
+    head, _, teacher, hidden = setting
+    hidden = hidden[:31]
+    scores = (0.3 * torch.randn(31, R)).requires_grad_()
+    levels = levels_of(head)
+    found = slope_in_scores(head, levels.float(), scores.detach(), teacher, hidden)
+    logits = postprocess(scores.double() @ levels.double().T, after)
+    wanted = teacher(hidden).double().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), wanted, reduction="sum", log_target=True
+    )
+    (slope,) = torch.autograd.grad(kl, scores)
+    torch.testing.assert_close(found, slope, rtol=1e-4, atol=1e-5)
 
 
 def test_levels_and_whitened_codebook_make_the_heads_vectors(setting):

@@ -419,6 +419,7 @@ def test_push_to_hub_uploads_the_output_folder(tiny_folder, text_file, tmp_path,
     [
         ({"method": "kmeans", "ladder": True}, "`ladder` compares sign codes"),
         ({"push_to_hub": "a/b"}, "give `output` as well"),
+        ({"rereadings": -1}, "`rereadings` must be at least 0, got -1"),
         ({"calibration_tokens": 0}, "`calibration_tokens` must be at least 1, got 0"),
         (
             {"distill_steps": 0, "distill_state": "state"},

@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_model
 from torch.nn.functional import kl_div, log_softmax
 
-from hf_vqlogits.conversion import end_to_end
+from hf_vqlogits.conversion import end_to_end, streaming
 from hf_vqlogits.conversion.corpus import Corpus
 from hf_vqlogits.conversion.distillation_state import HEAD, load_state, save_state
 from hf_vqlogits.conversion.embeddings import fit_embedding
@@ -65,7 +65,8 @@ class Setting:
 
 @pytest.fixture(params=["tied", "vq"])
 def setting(request, monkeypatch):
-    monkeypatch.setattr(end_to_end, "product_dtype", lambda device: torch.float32)
+    for module in (end_to_end, streaming):
+        monkeypatch.setattr(module, "product_dtype", lambda device: torch.float32)
     return Setting(request.param)
 
 

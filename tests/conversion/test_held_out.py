@@ -17,6 +17,15 @@ def test_what_is_kept_out_is_never_trained_on():
     assert not torch.equal(order[:320], order[320:640])
 
 
+def test_no_version_of_what_is_kept_out_is_trained_on():
+    held, order = split(torch.zeros(1200, 17), steps=15, seed=0, versions=3)
+    assert len(held) == 80
+    assert held.max() < 400
+    assert sorted(order.tolist()) == sorted(
+        row + 400 * version for row in set(range(400)) - set(held.tolist()) for version in range(3)
+    )
+
+
 def test_no_steps_read_no_rows():
     held, order = split(torch.zeros(400, 17), steps=0, seed=0)
     assert (len(held), len(order)) == (80, 0)

@@ -25,8 +25,66 @@ def test_the_teacher_gives_the_original_logits(family, dtype, monkeypatch):
     assert (logits - wanted).abs().max() <= error * wanted.abs().max()
 
 
-@pytest.mark.parametrize(("code_type", "learnt"), [("sign", True), ("index", False)])
-def test_codes_of_signs_are_learnt_in_the_metric_of_the_fit(code_type, learnt, monkeypatch):
+def calibrated(rereadings, *, seed=0, rows=40):
+    parts = take_apart(tiny_model("llama"))
+    blocks = torch.randint(3, 96, (rows, 9), generator=torch.Generator().manual_seed(1))
+    corpus = Corpus(blocks, blocks, "text", "text", [])
+    quantiser = Quantiser(parts, corpus, seed=seed, rereadings=rereadings)
+    return quantiser, quantiser.calibrate(keep_states=True)
+
+
+def test_the_text_is_read_again_with_half_of_its_tokens_redrawn():
+    quantiser, statistics = calibrated(2)
+    text = quantiser.corpus.calibration
+    assert statistics.positions == 3 * 40 * 8
+    assert quantiser.states.versions == 3
+    versions = quantiser.states.blocks.view(3, 40, 9)
+    assert torch.equal(versions[0], text)
+    for version in versions[1:]:
+        assert torch.equal(version[:, 0], text[:, 0])
+        assert 0.35 < (version != text)[:, 1:].float().mean() < 0.55
+    assert not torch.equal(versions[1], versions[2])
+    # The states that are kept, and were counted, are those of the rows as they became.
+    hidden = torch.cat(list(quantiser.states(torch.arange(120))))
+    with torch.no_grad():
+        exact = quantiser.parts.backbone(quantiser.states.blocks[:, :-1]).last_hidden_state
+    torch.testing.assert_close(hidden, exact.flatten(0, 1), rtol=0, atol=0.05)
+    torch.testing.assert_close(statistics.mean.float(), hidden.mean(0), rtol=0, atol=1e-5)
+
+
+def test_tokens_are_redrawn_from_the_models_distribution_of_its_own_reading():
+    """In a second rereading too: by what the first, not the text, leads the model to expect."""
+    quantiser, _ = calibrated(2, rows=3000)
+    parts, versions = quantiser.parts, quantiser.states.blocks.view(3, 3000, 9)
+    for before, after in ((0, 1), (1, 2)):
+        with torch.no_grad():
+            hidden = parts.backbone(versions[before][:, :-1]).last_hidden_state
+            nats = parts.logits(hidden).log_softmax(-1)
+        changed = (versions[after] != versions[0])[:, 1:]
+        told = nats.gather(-1, versions[after][:, 1:, None]).squeeze(-1)[changed].mean()
+        entropy = -(nats.exp() * nats).sum(-1).mean()
+        assert told == pytest.approx(-float(entropy), abs=0.05)
+
+
+def test_without_rereadings_the_text_is_read_once():
+    quantiser, statistics = calibrated(0)
+    assert statistics.positions == 40 * 8
+    assert torch.equal(quantiser.states.blocks, quantiser.corpus.calibration)
+
+
+def test_the_seed_decides_what_is_redrawn():
+    first, again, other = (calibrated(1, seed=seed)[0].states.blocks for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("code_type", "options", "learnt"),
+    [("sign", {}, True), ("sign", {"learn_codes": False}, False), ("index", {}, False)],
+)
+def test_codes_of_signs_are_learnt_in_the_metric_of_the_fit(
+    code_type, options, learnt, monkeypatch
+):
     parts = take_apart(tiny_model("llama"))
     blocks = torch.randint(3, 96, (40, 9))
     quantiser = Quantiser(parts, Corpus(blocks, blocks, "text", "text", []), seed=3)
@@ -43,7 +101,7 @@ def test_codes_of_signs_are_learnt_in_the_metric_of_the_fit(code_type, learnt, m
         return Distillation(5, 0.2, 0.1)
 
     monkeypatch.setattr(quantise, "distill", record)
-    quantiser.distill(head, 5, statistics)
+    quantiser.distill(head, 5, statistics, **options)
     assert (given["metric"] is not None) == learnt
     if learnt:
         wanted = token_metric(parts.weight, statistics, bias=parts.bias)

@@ -6,7 +6,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from hf_vqlogits.conversion.card import model_card, plot
+from hf_vqlogits.conversion.coverage import TextCoverage
 from hf_vqlogits.conversion.report import (
+    Candidate,
     ConversionReport,
     LadderRung,
     megabytes,
@@ -147,6 +149,85 @@ def test_ladder_fits_80_columns(report):
         *("96.0%", "12,007", "2.61", "154.4 MB"),
         *("31.50", "x1.050", "91.0%", "12.5 ms"),
     ]
+
+
+@pytest.fixture
+def searched(report):
+    report.max_perplexity_increase = 0.02
+    report.candidates = [
+        Candidate(696, 765.6, 0.9861, 1.0312, None, None, False),
+        Candidate(720, 792.0, 0.9857, 1.0256, 1.0211, False, False),
+        Candidate(736, 809.6, 0.9853, 1.0241, 1.0196, True, True),
+        Candidate(12_800, 14_080.0, 0.7456, 1.0101, 1.00909, True, False),
+    ]
+    return report
+
+
+CELLS = [
+    ["696", "766", "98.6%", "x1.0312", "", ""],
+    ["720", "792", "98.6%", "x1.0256", "x1.0211", "no"],
+    ["736", "810", "98.5%", "x1.0241", "x1.0196", "chosen"],
+    ["12,800", "14,080", "74.6%", "x1.0101", "x1.0091", "yes"],
+]
+
+
+def test_candidates_fit_80_columns(searched):
+    lines = printed(searched, 80).splitlines()
+    [start] = (i for i, line in enumerate(lines) if line.startswith("sizes tried for a perplexity"))
+    assert lines[start].strip() == "sizes tried for a perplexity of at most +2%"
+    rows = [line.strip("│").split("│") for line in lines[start:] if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == CELLS
+
+
+def test_candidates_in_card_and_json(searched):
+    card = model_card(searched)
+    assert "Sizes tried for a perplexity of at most +2%:" in card
+    for cells in CELLS:
+        assert "| " + " | ".join(cells) + " |" in card
+    values = json.loads(searched.to_json())
+    assert values["max_perplexity_increase"] == 0.02
+    assert values["candidates"][1] == {
+        "num_codebooks": 720,
+        "bits_per_token": 792.0,
+        "param_reduction": 0.9857,
+        "fit_factor": 1.0256,
+        "factor": 1.0211,
+        "passed": False,
+        "chosen": False,
+    }
+
+
+def test_coverage_is_told_everywhere(report):
+    assert "coverage" not in printed(report, 200)
+    report.coverage = {
+        "evaluation": TextCoverage(25_000, 0.0812, 1.07),
+        "own_text": TextCoverage(2_016, 0.293, 3.672),
+    }
+    report.likely_vocabulary = 0.084
+    told = (
+        "coverage of the evaluation text: 8.1% of its tokens never occur in the calibration text, "
+        "mean square of its hidden states x1.07",
+        "coverage of what the model writes by itself: 29.3% of its tokens never",
+        "tokens that the calibration text makes likely: 8.4%",
+    )
+    for shown in (printed(report, 200), model_card(report)):
+        for part in told:
+            assert part in shown.replace("\n", " ")
+    values = json.loads(report.to_json())
+    assert values["coverage"]["own_text"] == {"tokens": 2_016, "unseen": 0.293, "hidden": 3.672}
+    assert values["likely_vocabulary"] == 0.084
+
+
+@pytest.mark.parametrize(
+    ("rereadings", "told"),
+    [
+        (0, "WikiText-2, 100,000 tokens\n"),
+        (2, "100,000 tokens, read again 2x with tokens redrawn\n"),
+    ],
+)
+def test_card_tells_how_often_the_text_was_read(report, rereadings, told):
+    report.calibration["rereadings"] = rereadings
+    assert told in model_card(report)
 
 
 def test_card_is_markdown_with_front_matter(report, rung):
