@@ -102,7 +102,10 @@ class Bench:
         )
 
     def head(self, row: Row) -> tuple[HeadSize, VQLogitsHead]:
-        """The fitted and distilled head of a row; rows of one size share it."""
+        """The fitted and distilled head of a row.
+
+        A tied one is fitted to both sides, but not distilled end to end: the whole model trains.
+        """
         method = row.method
         assert method is not None
         vocab_size, hidden_size = self.case.parts.weight.shape
@@ -112,10 +115,11 @@ class Bench:
             hidden_size=hidden_size,
             param_reduction=row.reduction,
         )
-        name = f"head-{method}-{row.reduction}"
+        name = f"head-{method}-{row.reduction}-{row.embeddings}"
 
         def make() -> dict[str, Any]:
             statistics = self._statistics()
+            self._quantiser.besides = self._input_metric() if row.embeddings == "tied" else None
             fitted = self._work.tensors(
                 f"{name}-fitted",
                 lambda: fit_head(self._quantiser, method, size, statistics).state_dict(),
@@ -126,6 +130,11 @@ class Bench:
             return head.state_dict()
 
         return size, self._empty_head(size, self._work.tensors(name, make))
+
+    def _input_metric(self) -> Tensor:
+        found = self._work.tensors("inputs", lambda: {"metric": self._quantiser.input_metric()})
+        metric: Tensor = found["metric"]
+        return metric
 
     def _statistics(self) -> CalibrationStatistics:
         """Of the calibration text: the longest step of all, so kept as well."""

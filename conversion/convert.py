@@ -188,6 +188,9 @@ def convert_to_vq(
     distill_steps = _steps("distill_steps", distill_steps, method, corpus)
     with quantiser.timed("calibration"):
         statistics = quantiser.calibrate(keep_states=distill_steps + input_distill_steps > 0)
+    if embeddings == "tied":
+        with quantiser.timed("calibration"):
+            quantiser.besides = quantiser.input_metric()
     selection = None
     if max_perplexity_increase is not None:
         selection = select_head(

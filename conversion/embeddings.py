@@ -8,7 +8,8 @@ An error e of an input vector changes the model's predictions by about 1/2 e^T F
 F being the Fisher information of the embedding's output: the covariance of the gradient of
 log p(y | text), y drawn from the predictions. So codes are fitted in coordinates that are stretched
 by F, though by less than that says, as the errors of few bits are not small; and every token counts
-by a power of how often the text reads it.
+by a power of how often the text reads it. The codes of a tied model are fitted to the logits and,
+by a share, to this metric as well.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,6 +35,7 @@ from .streaming import frozen
 # POWER 0.5: 2.03, 1.475, 1.447. Counts times the mean square of a token's gradient: 1.71.
 POWER = 0.5  # of the Fisher information, as a metric
 FLATTENING = 0.8
+TIED_WEIGHT = 0.3  # trace of the metric of input vectors over that of output vectors
 SMOOTHING = 0.1  # added to the count of every token
 FISHER_TOKENS = 8192  # of the text, read forwards and backwards
 LEAST_EIGENVALUE = 1e-2  # of the mean one: what few texts show no use of has some
@@ -232,11 +234,8 @@ def fit_embedding(
     table = _table(dense).float()
     weights = weights.to(table.device)
     mean = weights @ table
-    # On the processor: eigh of float64 is slow or missing on some accelerators.
-    values, vectors = torch.linalg.eigh(information.double().cpu())
-    level = values.mean()
-    values = values / level if level > 0 else torch.ones_like(values)
-    lengths = values.clamp_min(LEAST_EIGENVALUE).pow(POWER / 2)
+    values, vectors = _metric_of(information)
+    lengths = values.sqrt()
     whiten = (vectors * lengths).to(table)
     unwhiten = (vectors / lengths).T.to(table).contiguous()
     # The fitter takes the last coordinate for a bias, which a row has not.
@@ -245,6 +244,28 @@ def fit_embedding(
     fit = SignFitter.of_metric(metric, seed=seed, progress=progress).fit(num_codebooks)
     codebook = nn.Parameter(fit.codebook / score_scale(num_codebooks))
     return _embedding(dense, weights, codebook, fit.codes), fit.details
+
+
+def beside_the_logits(information: Tensor) -> Tensor:
+    """What the errors of a table that serves both sides count for besides those of the logits.
+
+    Args:
+        information: (d, d), of the embedding's output.
+
+    Returns:
+        (d, d) float64, for [`token_metric`].
+    """
+    values, vectors = _metric_of(information)
+    return (vectors * (TIED_WEIGHT * values / values.sum())) @ vectors.T
+
+
+def _metric_of(information: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (d,) and vectors (d, d), as columns, of the metric of input vectors."""
+    # On the processor: eigh of float64 is slow or missing on some accelerators.
+    values, vectors = torch.linalg.eigh(information.double().cpu())
+    level = values.mean()
+    values = values / level if level > 0 else torch.ones_like(values)
+    return values.clamp_min(LEAST_EIGENVALUE).pow(POWER), vectors
 
 
 @torch.no_grad()

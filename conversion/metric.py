@@ -84,6 +84,7 @@ def token_metric(
     statistics: CalibrationStatistics,
     *,
     bias: Tensor | None = None,
+    besides: Tensor | None = None,
     device: torch.device | None = None,
 ) -> TokenMetric:
     """Whiten output vectors and set up their metric.
@@ -92,6 +93,8 @@ def token_metric(
         weight: (V, d) dense output weights.
         statistics: of the calibration text.
         bias: (V,) or None.
+        besides: (d, d), positive semi-definite, what errors count for besides the logits, as a
+            share of the trace of the hidden states' covariance; None for nothing.
         device: of the result; default `weight`'s.
 
     Returns:
@@ -106,7 +109,10 @@ def token_metric(
     rows = weight.detach().to(device, torch.float32)
     mean = statistics.mean.to(device)
     # On the processor: eigh of float64 is slow or missing on some accelerators.
-    values, vectors = torch.linalg.eigh(statistics.regularised_covariance().cpu())
+    covariance = statistics.regularised_covariance().cpu()
+    if besides is not None:
+        covariance = covariance + covariance.trace() * besides.double().cpu()
+    values, vectors = torch.linalg.eigh(covariance)
     deviations = values.sqrt()
     whiten = (vectors * deviations).to(device, torch.float32)  # (d, D - 1), for output vectors
     unwhiten = (vectors / deviations).T.to(device, torch.float32).contiguous()

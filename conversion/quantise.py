@@ -19,10 +19,16 @@ from .code_learning import Logits
 from .codebooks import fit_index
 from .corpus import Corpus
 from .distillation import distill
-from .embeddings import fit_embedding, input_information, tie_embedding, token_weights
+from .embeddings import (
+    beside_the_logits,
+    fit_embedding,
+    input_information,
+    tie_embedding,
+    token_weights,
+)
 from .end_to_end import distill_end_to_end
 from .families import SourceParts, head_config
-from .metric import token_metric
+from .metric import TokenMetric, token_metric
 from .precision import product_dtype
 from .redrawing import draw_tokens, redraw
 from .signs import SignFitter
@@ -47,6 +53,7 @@ class Quantiser:
         seconds: time of each step so far.
         details: what the steps told of themselves.
         states: hidden states that the calibration kept.
+        besides: what errors of sign codes count for besides the logits; see [`token_metric`].
     """
 
     parts: SourceParts
@@ -57,6 +64,7 @@ class Quantiser:
     seconds: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     states: KeptStates | None = None
+    besides: Tensor | None = None
 
     def progress(self, what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
         """A wrapper that shows a bar of this name."""
@@ -105,6 +113,10 @@ class Quantiser:
             self.states = states
         return accumulator.finish()
 
+    def input_metric(self) -> Tensor:
+        """(d, d), for `besides`, where heads shall serve as input embeddings as well."""
+        return beside_the_logits(self._input_information())
+
     def sign_heads(
         self, sizes: list[HeadSize], statistics: CalibrationStatistics
     ) -> dict[HeadSize, VQLogitsHead]:
@@ -115,12 +127,8 @@ class Quantiser:
 
     def sign_fitter(self, statistics: CalibrationStatistics) -> SignFitter:
         """What fits sign codes of the model, for [`sign_head`]."""
-        return SignFitter(
-            self.parts.weight,
-            statistics,
-            bias=self.parts.bias,
-            seed=self.seed,
-            progress=self.progress,
+        return SignFitter.of_metric(
+            self._metric(statistics), seed=self.seed, progress=self.progress
         )
 
     def sign_head(
@@ -169,7 +177,7 @@ class Quantiser:
         parts = self.parts
         metric = None
         if learn_codes and head.code_type == "sign":
-            metric = token_metric(parts.weight, statistics, bias=parts.bias)
+            metric = self._metric(statistics)
         with self._bar("distilling", steps) as (notify, advance):
             done = distill(
                 head,
@@ -215,6 +223,10 @@ class Quantiser:
             )
         self.details["end to end"] = vars(done)
 
+    def _metric(self, statistics: CalibrationStatistics) -> TokenMetric:
+        parts = self.parts
+        return token_metric(parts.weight, statistics, bias=parts.bias, besides=self.besides)
+
     def _states(self) -> KeptStates:
         return self.states or KeptStates(self.parts.backbone, self.corpus.calibration)
 
@@ -244,21 +256,23 @@ class Quantiser:
         weights = token_weights(self.corpus.calibration, dense.num_embeddings)
         if mode == "tied":
             return tie_embedding(dense, weights, head)
-        information = input_information(
-            self.parts,
-            self.corpus.calibration,
-            seed=self.seed,
-            progress=self.progress("reading backwards"),
-        )
         embedding, self.details[f"embedding {bits}"] = fit_embedding(
             dense,
             weights,
-            information,
+            self._input_information(),
             num_codebooks=bits,
             seed=self.seed,
             progress=self.progress,
         )
         return embedding
+
+    def _input_information(self) -> Tensor:
+        return input_information(
+            self.parts,
+            self.corpus.calibration,
+            seed=self.seed,
+            progress=self.progress("reading backwards"),
+        )
 
     def config(self, size: HeadSize, **fields: Any) -> VQLogitsConfig:
         """Configuration of a model with a head of this size; `fields` are further ones."""

@@ -20,6 +20,7 @@ def start(tiny_case, tmp_path, monkeypatch):
     rows = {
         "dense": Row("dense"),
         "tied": Row("tied", "signs", 0.9, "tied"),
+        "untied": Row("untied", "signs", 0.9),
         "one": Row("one", "kmeans", 0.9),
     }
     for module in (trainings, finetuned):
@@ -58,6 +59,19 @@ def test_results(start, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "0 trainings left" in printed
     assert "one" in printed
+
+
+def test_only_tied_heads_are_fitted_to_both_sides(start, monkeypatch):
+    seen = []
+    original = trainings.fit_head
+
+    def record(quantiser, *arguments):
+        seen.append(quantiser.besides)
+        return original(quantiser, *arguments)
+
+    monkeypatch.setattr(trainings, "fit_head", record)
+    start("--seeds", "0", "--only", "tied", "untied")
+    assert [besides is None for besides in seen] == [False, True]
 
 
 def test_finished_runs_are_not_repeated(start, monkeypatch, capsys):

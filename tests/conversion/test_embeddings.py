@@ -18,10 +18,13 @@ from hf_vqlogits.conversion import (
     training,
 )
 from hf_vqlogits.conversion.card import model_card
+from hf_vqlogits.conversion.corpus import Corpus
 from hf_vqlogits.conversion.distillation_state import END_TO_END
 from hf_vqlogits.conversion.embeddings import (
     FLATTENING,
     SMOOTHING,
+    TIED_WEIGHT,
+    beside_the_logits,
     check_embeddings,
     fit_embedding,
     input_information,
@@ -30,6 +33,7 @@ from hf_vqlogits.conversion.embeddings import (
 )
 from hf_vqlogits.conversion.evaluation import perplexity
 from hf_vqlogits.conversion.families import take_apart
+from hf_vqlogits.conversion.sizes import HeadSize
 from hf_vqlogits.conversion.text import tokenize
 from hf_vqlogits.embedding import SHARED, VQEmbedding
 from hf_vqlogits.head import VQLogitsHead
@@ -385,6 +389,43 @@ def test_fitted_rows_favour_the_directions_that_matter():
     for nothing in (torch.diag((torch.arange(24) < 23).float()), torch.zeros(24, 24)):
         embedding, _ = fit_embedding(dense, weights, nothing, num_codebooks=100)
         assert (embedding.weight - dense.weight).square().mean() < 0.3
+
+
+def test_a_tied_table_is_fitted_to_both_sides():
+    """Logits as errors of the rows in all directions alike; what is read, in four of them."""
+    parts = take_apart(tiny_model("llama", tie_word_embeddings=True))
+    blocks = torch.randint(3, 96, (60, 17))
+    quantiser = quantise.Quantiser(parts, Corpus(blocks, blocks, "text", "text", []), seed=0)
+    statistics = quantiser.calibrate()
+    statistics.covariance = torch.eye(32, dtype=torch.float64)
+    turned = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64))[0]
+    information = (turned * torch.cat([torch.full((4,), 1e4), torch.ones(28)])) @ turned.T
+    besides = beside_the_logits(information)
+    assert float(besides.trace()) == pytest.approx(TIED_WEIGHT)
+    size, errors = HeadSize("sign", 24, 2, 0), []
+    for quantiser.besides in (None, besides):
+        head = quantiser.sign_heads([size], statistics)[size]
+        difference = (head.to_linear()[0] - parts.weight).double() @ turned
+        errors.append((difference - difference.mean(0)).square().mean(0))
+    assert errors[1][:4].mean() < 0.8 * errors[0][:4].mean()
+    assert errors[1][4:].mean() > errors[0][4:].mean()
+
+
+def test_the_codes_of_a_tied_model_know_of_the_input_side(tiny_folder, text_file, monkeypatch):
+    metrics, real = [], quantise.token_metric
+
+    def record(*arguments, besides, **options):
+        metrics.append(besides)
+        return real(*arguments, besides=besides, **options)
+
+    monkeypatch.setattr(quantise, "token_metric", record)
+    for mode in ("keep", "vq", "tied"):
+        convert_to_vq(
+            tiny_folder, bits=8, embeddings=mode, calibration_data=text_file, distill_steps=3
+        )
+    assert [m is None for m in metrics] == [True] * 4 + [False] * 2  # of fit and distillation
+    assert float(metrics[4].trace()) == pytest.approx(TIED_WEIGHT)
+    assert torch.equal(metrics[4], metrics[5])
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "mamba"])

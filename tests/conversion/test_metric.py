@@ -38,6 +38,30 @@ def test_first_part_of_the_error_is_the_mean_square_of_the_logit():
     torch.testing.assert_close(metric.error(change), metric.weight * square, rtol=1e-4, atol=1e-7)
 
 
+def test_what_errors_count_for_besides_the_logits():
+    weight, bias, statistics = problem(vocab=40, size=5)
+    root = torch.randn(5, 3, dtype=torch.float64)
+    besides, change = root @ root.T, torch.randn(40, 5)
+    logits = token_metric(weight, statistics, bias=bias)
+    both = token_metric(weight, statistics, bias=bias, besides=besides)
+
+    def error(metric):
+        """Of a change of the output vectors, over the weights."""
+        offsets = change @ metric.mean
+        whitened = torch.linalg.solve(metric.unwhiten.T, change.T).T
+        return metric.error(torch.cat([whitened, offsets[:, None]], 1)) / metric.weight
+
+    trace = statistics.regularised_covariance().trace()
+    expected = trace * ((change.double() @ besides) * change).sum(1)
+    torch.testing.assert_close(
+        (error(both) - error(logits)).double(), expected, rtol=1e-3, atol=1e-3
+    )
+    hidden = torch.randn(7, 5)
+    vectors, offsets = both.product_form(both.rows)
+    difference = hidden @ vectors.T + offsets - (hidden @ weight.T + bias)
+    assert (difference - difference.mean(1, keepdim=True)).abs().max() < 1e-3
+
+
 def test_second_part_is_the_logit_in_the_mean_context():
     weight, _, statistics = problem(vocab=40, size=5)
     metric = token_metric(weight, statistics)
