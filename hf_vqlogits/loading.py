@@ -51,7 +51,12 @@ def refuse_mismatched(
 
 
 def refuse_incomplete(
-    path: str | os.PathLike[str] | None, missing: Iterable[str], *, only: tuple[str, ...] = ("",)
+    path: str | os.PathLike[str] | None,
+    missing: Iterable[str],
+    *,
+    only: tuple[str, ...] = ("",),
+    kind: str = "a VQ-Logits checkpoint",
+    remedy: str = "Convert the original model with `convert_to_vq`.",
 ) -> None:
     """Refuse a checkpoint that lacks tensors.
 
@@ -62,6 +67,8 @@ def refuse_incomplete(
         missing: names of the tensors that the model has and the checkpoint has not.
         only: beginnings of the names that count: quantised bodies have tensors that no checkpoint
             holds.
+        kind: what the checkpoint should be, for the message.
+        remedy: what to do, for the message.
 
     Raises:
         ValueError: names the tensors.
@@ -70,7 +77,7 @@ def refuse_incomplete(
     if names:
         raise ValueError(
             f"The checkpoint {str(path)!r} lacks {_listed(names)}: it is incomplete, or it is not "
-            "a VQ-Logits checkpoint. Convert the original model with `convert_to_vq`."
+            f"{kind}. {remedy}"
         )
 
 
