@@ -1,9 +1,18 @@
 """Registration with the Auto classes of Transformers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..configuration_vqlogits import VQLogitsConfig
+from ..gru_svm.configuration_gru_svm import GRUSVMConfig
+from ..gru_svm.feature_extraction_gru_svm import GRUSVMFeatureExtractor
+from ..gru_svm.modeling_gru_svm import GRUSVMForSequenceClassification
 from ..modeling_vqlogits import VQLogitsForCausalLM, VQLogitsModel
 
 
@@ -15,3 +24,8 @@ def register() -> None:
     # Trainer's label smoother decides by this table whether labels are to be shifted, and the
     # text-generation pipeline whether it supports a class; `register` does not reach it.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[VQLogitsConfig.model_type] = VQLogitsForCausalLM.__name__
+    AutoConfig.register(GRUSVMConfig.model_type, GRUSVMConfig, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        GRUSVMConfig, GRUSVMForSequenceClassification, exist_ok=True
+    )
+    AutoFeatureExtractor.register(GRUSVMConfig, GRUSVMFeatureExtractor, exist_ok=True)
