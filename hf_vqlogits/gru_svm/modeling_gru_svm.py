@@ -159,7 +159,7 @@ class GRUSVMForSequenceClassification(PreTrainedModel):
         config = self.config
         if input_values.ndim == 2 and config.input_size == 1:
             input_values = input_values[..., None]
-        steps = "any number" if config.sequence_length is None else config.sequence_length
+        steps = config.sequence_length or "any number of"
         if (
             input_values.ndim != 3
             or input_values.shape[-1] != config.input_size
@@ -167,8 +167,8 @@ class GRUSVMForSequenceClassification(PreTrainedModel):
             or (config.sequence_length or input_values.shape[1]) != input_values.shape[1]
         ):
             raise ValueError(
-                f"`input_values` must have the shape (rows, {steps} of time steps, "
-                f"{config.input_size}) of `sequence_length` and `input_size`, got "
+                f"`input_values` must have the shape (rows, {steps} time steps, "
+                f"{config.input_size} values) of `sequence_length` and `input_size`, got "
                 f"{tuple(input_values.shape)}."
             )
         return input_values.to(self.classifier.weight.dtype)

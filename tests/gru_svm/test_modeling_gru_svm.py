@@ -139,7 +139,7 @@ def test_dropout_only_in_training(make):
 @pytest.mark.parametrize(
     ("inputs", "more", "error", "message"),
     [
-        (rows(2, steps=4), {}, ValueError, r"\(rows, 5 of time steps, 2\).*got \(2, 4, 2\)"),
+        (rows(2, steps=4), {}, ValueError, r"\(rows, 5 time steps, 2 values\).*got \(2, 4, 2\)"),
         (rows(2, size=3), {}, ValueError, r"got \(2, 5, 3\)"),
         (rows(2)[..., 0], {}, ValueError, r"got \(2, 5\)"),
         (rows(2), {"labels": torch.tensor([0, 2])}, ValueError, "between 0 and 1.*got 2 in row 1"),
