@@ -57,7 +57,9 @@ benchmarks-quick: $(INSTALLED)
 	set -ex; \
 	quick=$$(mktemp -d); trap 'rm -rf "$$quick"' EXIT; \
 	$(BIN)/python -m benchmarks.quality $(QUICK) --only gpt2-novels --output "$$quick/quality.json"; \
-	$(BIN)/python -m benchmarks.ablation $(QUICK) --output "$$quick/ablation.json"
+	$(BIN)/python -m benchmarks.ablation $(QUICK) --output "$$quick/ablation.json"; \
+	if [ -d $(SHARED)/data/nsl_kdd ]; then $(BIN)/python -m benchmarks.gru_svm --quick \
+		--data $(SHARED)/data --work "$$quick/work" --output "$$quick/gru_svm.json"; fi
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info

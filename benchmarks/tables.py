@@ -1,7 +1,7 @@
-"""Write the tables of the README from `benchmarks/results/`, so that no figure is copied by hand.
+"""Write the tables of the documents from `benchmarks/results/`: no figure is copied by hand.
 
-    python -m benchmarks.tables            # rewrite README.md
-    python -m benchmarks.tables --check    # fail if it is not what the results say
+    python -m benchmarks.tables            # rewrite README.md and docs/gru_svm.md
+    python -m benchmarks.tables --check    # fail if they are not what the results say
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, NAME one of `TABLES`.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
+DOCUMENTS = (README, README.parent / "docs" / "gru_svm.md")
 HEADS = {
     "signs": "sign codes",
     "residual": "index codes, K = 4",
@@ -151,12 +152,61 @@ def speed() -> str:
     return table(header, map(cells, results("speed")["rows"]))
 
 
+def gru_svm() -> str:
+    """GRU-SVM beside GRU-softmax and others; nothing where they are not measured."""
+    if not (RESULTS / "gru_svm.json").exists():
+        return ""
+    found = results("gru_svm")
+    scores = ("accuracy", "precision", "recall", "f1", "auc")
+    header = (
+        "model | learning rate | accuracy | least to most | precision | recall | F1 | AUC | "
+        "normal: right / alarm | attacks: missed / found | training | prediction"
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield row["name"]
+        yield f"{row['rate']:g}" if row["network"] else ""
+        yield f"**{row['accuracy']['mean']:.2%}**"
+        yield " to ".join(f"{row['accuracy'][end]:.2%}" for end in ("least", "most"))
+        for score in scores[1:]:
+            yield f"{row[score]['mean']:.3f}"
+        for counts in row["confusion"]:
+            yield " / ".join(f"{count:,.0f}" for count in counts)
+        yield f"{row['training_seconds']['mean']:.1f} s"
+        yield f"{row['prediction_seconds']['mean']:.2f} s"
+
+    return table(header, map(cells, found["rows"]))
+
+
+def gru_svm_claims() -> str:
+    """The paper's claims and what became of them; nothing where they are not measured."""
+    if not (RESULTS / "gru_svm.json").exists():
+        return ""
+
+    def cells(claim: dict[str, Any]) -> Iterable[str]:
+        percent = claim["unit"] == "difference of accuracies"
+
+        def told(value: float) -> str:
+            return f"{100 * value:+.2f} points" if percent else times(value)
+
+        yield f"{claim['claim']}, {claim['setting']}"
+        yield told(claim["paper"])
+        yield told(claim["measured"]["mean"])
+        yield " to ".join(told(claim["measured"][end]) for end in ("least", "most"))
+        yield f"**{claim['verdict']}**"
+
+    header = "GRU-SVM against GRU-softmax | in the paper | here, mean | least to most | claim"
+    return table(header, map(cells, results("gru_svm")["claims"]))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality smollm2": lambda: quality("smollm2"),
     "quality gpt2-novels": lambda: quality("gpt2-novels"),
     "finetuning": finetuning,
     "finetuned": finetuned,
     "speed": speed,
+    "gru-svm": gru_svm,
+    "gru-svm claims": gru_svm_claims,
 }
 
 
@@ -170,17 +220,22 @@ def rewrite(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrite or check the README."""
+    """Rewrite or check the documents."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--check", action="store_true")
     options = p.parse_args()
-    before = README.read_text(encoding="utf8")
-    after = rewrite(before)
-    if options.check and after != before:
-        print("README.md is not what the results say: run `python -m benchmarks.tables`.")
-        return 1
-    README.write_text(after, encoding="utf8")
-    return 0
+    wrong = 0
+    for document in DOCUMENTS:
+        before = document.read_text(encoding="utf8")
+        after = rewrite(before)
+        if not options.check:
+            document.write_text(after, encoding="utf8")
+        elif after != before:
+            print(
+                f"{document.name} is not what the results say: run `python -m benchmarks.tables`."
+            )
+            wrong = 1
+    return wrong
 
 
 if __name__ == "__main__":
