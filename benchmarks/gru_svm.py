@@ -160,7 +160,8 @@ class Bench:
         known = self.work.has(name)
         run = self.work.result(name, lambda: run_gru(recipe, train, judge, seed=seed))
         if not known:
-            print(f"{name}: accuracy {run['accuracy']:.4f}, {run['training_seconds']:.0f} s")
+            told = f"{name}: accuracy {run['accuracy']:.4f}, {run['training_seconds']:.0f} s"
+            print(told, flush=True)
         return run
 
 
@@ -233,6 +234,9 @@ def main() -> None:
     work = WorkFolder(options.work, settings)
     bench = Bench(train, test, work, recipe, seeds=seeds, rates=rates, quick=options.quick)
     tuning = {loss: bench.tune(loss) for loss in LOSSES}
+    for loss, found in tuning.items():
+        edge = ", the first or last of those tried" if found["at_edge"] else ""
+        print(f"{LOSSES[loss]}: best rate {found['rate']:g}{edge}")
     rows = []
     for setting, loss, rate, fields in _plan(tuning):
         rows.append(bench.row(setting, loss, rate, **fields))
