@@ -14,6 +14,7 @@ import argparse
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,13 @@ class Bench:
         """scikit-learn's classifiers."""
         rows = []
         for name, make in peers(quick=self.quick).items():
-            runs = []
-            for seed in self.seeds:
-
-                def run(seed: int = seed, make: Any = make) -> dict[str, Any]:
-                    return run_peer(make, self.train, self.test, seed=seed)
-
-                runs.append(self.work.result(f"peer-{name.replace(' ', '_')}-{seed}", run))
+            runs = [
+                self.work.result(
+                    f"peer-{name.replace(' ', '_')}-{seed}",
+                    partial(run_peer, make, self.train, self.test, seed=seed),
+                )
+                for seed in self.seeds
+            ]
             rows.append(summary(name, runs, network=False))
             _show(rows[-1])
         return rows
@@ -130,9 +131,7 @@ class Bench:
     def prediction_times(self) -> list[dict[str, Any]]:
         """Milliseconds from inputs to classes in turns, each seed an own measurement."""
         return [
-            self.work.result(
-                f"times-{rows}-{seed}", lambda rows=rows, seed=seed: self._times(rows, seed)
-            )
+            self.work.result(f"times-{rows}-{seed}", partial(self._times, rows, seed))
             for rows in PREDICTED_ROWS
             for seed in self.seeds
         ]

@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from hf_vqlogits.gru_svm import (
 )
 from hf_vqlogits.gru_svm.configuration_gru_svm import OUTPUT_LOSSES
 from hf_vqlogits.gru_svm.feature_extraction_gru_svm import CONTINUOUS
-from hf_vqlogits.gru_svm.onnx_export import NEEDED
+from hf_vqlogits.gru_svm.onnx_export import missing_packages
 
 HELD_OUT = 0.2
 DEFAULTS = GRUSVMConfig()
@@ -118,9 +117,9 @@ def _check(arguments: argparse.Namespace) -> None:
             "`--classes` chooses the classes of NSL-KDD; with `--schema`, whose file names the "
             "classes itself, leave it out."
         )
-    missing = [name for name in NEEDED if find_spec(name) is None] if arguments.onnx else []
+    missing = missing_packages() if arguments.onnx else ""
     if missing:
-        raise ConversionError(f"`--onnx` needs more packages: pip install {' '.join(missing)}")
+        raise ConversionError(f"`--onnx` needs more packages: pip install {missing}")
 
 
 def _check_output(arguments: argparse.Namespace) -> None:

@@ -100,10 +100,10 @@ class GRUSVMConfig(PreTrainedConfig):
                 f"`num_labels` must be at least 2, got {self.num_labels}: with one class there is "
                 "nothing to tell apart."
             )
-        if sorted(self.id2label) != list(range(self.num_labels)):
+        keys = list(self.id2label or ())
+        if set(keys) != set(range(self.num_labels)):
             raise ValueError(
-                f"`id2label` must name the classes 0 to {self.num_labels - 1}, got the keys "
-                f"{sorted(self.id2label)}."
+                f"`id2label` must name the classes 0 to {self.num_labels - 1}, got the keys {keys}."
             )
         if self.problem_type not in (None, "single_label_classification"):
             raise ValueError(

@@ -115,6 +115,7 @@ class GRUSVMFeatureExtractor(FeatureExtractionMixin):
 
         Raises:
             RuntimeError: it is fitted already.
+            TypeError: they are no records.
             ValueError: the records have another schema, all features are constant, all records are
                 of one class, or numbers are too large.
         """
@@ -156,6 +157,7 @@ class GRUSVMFeatureExtractor(FeatureExtractionMixin):
 
         Raises:
             RuntimeError: it is not fitted.
+            TypeError: they are no records.
             ValueError: the records have another schema.
         """
         fitted = self._fitted()
@@ -177,6 +179,7 @@ class GRUSVMFeatureExtractor(FeatureExtractionMixin):
 
         Raises:
             RuntimeError: it is not fitted.
+            TypeError: they are no records.
             ValueError: the records have another schema.
         """
         fitted = self._fitted()
@@ -221,7 +224,7 @@ class GRUSVMFeatureExtractor(FeatureExtractionMixin):
 
     def _check_schema(self, records: TrafficRecords) -> None:
         if not isinstance(records, TrafficRecords):
-            raise ValueError(
+            raise TypeError(
                 f"`records` must be TrafficRecords, got {type(records).__name__}; `read` makes "
                 "them from a file or from lines."
             )

@@ -4,6 +4,7 @@ Letters: N rows, T time steps, I values of a time step, H size of the state, C c
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,19 +56,21 @@ class GRUSVMForSequenceClassification(PreTrainedModel):
             initialization.normal_(module.weight, std=self.config.initializer_range)
             initialization.zeros_(module.bias)
         elif isinstance(module, nn.GRU):
-            # By blocks: the three gates have a matrix each.
-            for weight, draw in (
-                (module.weight_ih_l0, nn.init.xavier_uniform_),
-                (module.weight_hh_l0, nn.init.orthogonal_),
-            ):
-                blocks = [draw(torch.empty_like(block)) for block in weight.chunk(3)]
-                initialization.copy_(weight, torch.cat(blocks))
+            tensors: dict[str, Tensor] = dict(module.named_parameters())
+            draws: dict[str, Callable[[Tensor], Tensor]] = {
+                "weight_ih_l0": nn.init.xavier_uniform_,
+                "weight_hh_l0": nn.init.orthogonal_,
+            }
+            for name, draw in draws.items():
+                # By blocks: the three gates have a matrix each.
+                blocks = [draw(torch.empty_like(block)) for block in tensors[name].chunk(3)]
+                initialization.copy_(tensors[name], torch.cat(blocks))
             # The gates start open towards the past (PyTorch's z keeps the state): else the first
             # features were forgotten over the dozens of steps that follow.
-            bias = torch.zeros_like(module.bias_ih_l0)
+            bias = torch.zeros_like(tensors["bias_ih_l0"])
             bias[: 2 * module.hidden_size] = 1.0
-            initialization.copy_(module.bias_ih_l0, bias)
-            initialization.zeros_(module.bias_hh_l0)
+            initialization.copy_(tensors["bias_ih_l0"], bias)
+            initialization.zeros_(tensors["bias_hh_l0"])
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -185,7 +188,7 @@ class GRUSVMForSequenceClassification(PreTrainedModel):
                 c=self.config.svm_c,
                 num_items=num_items,
             )
-        check_labels(labels, rows=len(scores), classes=self.config.num_labels)
+        check_labels(labels, rows=len(scores), classes=self.config.num_scores)
         total = nn.functional.cross_entropy(
             scores.to(torch.promote_types(scores.dtype, torch.float32)), labels, reduction="sum"
         )

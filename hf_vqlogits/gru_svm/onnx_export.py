@@ -2,14 +2,16 @@
 
 import os
 import warnings
-from importlib.util import find_spec
+from importlib import metadata
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from .modeling_gru_svm import GRUSVMForSequenceClassification
 
-NEEDED = ("onnx", "onnxscript")
+# onnxscript 0.6.0 writes a graph of a GRU that onnxruntime refuses to run.
+NEEDED = {"onnx": "1.20", "onnxscript": "0.7"}
 
 
 class _Logits(nn.Module):
@@ -23,6 +25,19 @@ class _Logits(nn.Module):
         return self.model(input_values).logits
 
 
+def missing_packages() -> str:
+    """What the export needs and is not installed, as pip takes it; empty where all is there."""
+    missing = []
+    for name, lowest in NEEDED.items():
+        try:
+            enough = Version(metadata.version(name)) >= Version(lowest)
+        except metadata.PackageNotFoundError:
+            enough = False
+        if not enough:
+            missing.append(f'"{name}>={lowest}"')
+    return " ".join(missing)
+
+
 def export_onnx(model: GRUSVMForSequenceClassification, path: str | os.PathLike[str]) -> None:
     """Write the model as an ONNX file that takes any number of rows.
 
@@ -34,15 +49,13 @@ def export_onnx(model: GRUSVMForSequenceClassification, path: str | os.PathLike[
         path: the file; weights are in it.
 
     Raises:
-        ImportError: a package is missing; the message has the command that installs it.
+        ImportError: a package is missing or too old; the message has the command that installs it.
         ValueError: the model has no `sequence_length`, is on another device, or in another type
             than float32.
     """
-    missing = [name for name in NEEDED if find_spec(name) is None]
+    missing = missing_packages()
     if missing:
-        raise ImportError(
-            f"The export to ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}"
-        )
+        raise ImportError(f"The export to ONNX needs more packages: pip install {missing}")
     weight = model.classifier.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         raise ValueError(

@@ -103,8 +103,7 @@ def read_records(
     """
     if malformed not in MALFORMED:
         raise ValueError(f"`malformed` must be one of {MALFORMED}, got {malformed!r}.")
-    named = isinstance(source, str | os.PathLike)
-    name = repr(os.fspath(source)) if named else "the text given"
+    name = repr(str(source)) if isinstance(source, str | os.PathLike) else "the text given"
     with _opened(source, name) as lines:
         reader = csv.reader(lines)
         order = _order(reader, schema, labelled=labelled, name=name)
@@ -153,7 +152,8 @@ def _rows(
         try:
             rows.append(_row(line, fields, schema, order, width, labelled=labelled))
         except RecordError as error:
-            problems.append(RecordProblem(line, str(error)))
+            through = f"; a quotation mark takes in the lines up to {end}" if end > line else ""
+            problems.append(RecordProblem(line, f"{error}{through}"))
         line = end
     return rows, problems
 

@@ -80,8 +80,12 @@ def test_the_whole_and_going_on(data, tmp_path, monkeypatch, capsys):
     assert len(result["claims"]) == 7
     assert "more accurate than GRU-softmax (the best rate of each)" in told
     assert "src_bytes" not in result["constant_features"]
+
     # Everything is kept, so the same command trains nothing.
-    monkeypatch.setattr(gru_svm, "run_gru", None)
-    monkeypatch.setattr(gru_svm, "run_peer", None)
+    def never(*inputs, **options):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(gru_svm, "run_gru", never)
+    monkeypatch.setattr(gru_svm, "run_peer", never)
     gru_svm.main()
     assert json.loads(output.read_text())["rows"] == result["rows"]

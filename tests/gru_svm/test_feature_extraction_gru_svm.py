@@ -165,7 +165,7 @@ def test_misuse_is_refused(fitted):
     swapped = RecordSchema(SCHEMA.columns, dict(reversed(SCHEMA.classes.items())))
     with pytest.raises(ValueError, match="have another schema"):
         fitted(read_records(TRAIN, swapped))
-    with pytest.raises(ValueError, match="must be TrafficRecords, got list"):
+    with pytest.raises(TypeError, match="must be TrafficRecords, got list"):
         fitted(TRAIN)
     with pytest.raises(ValueError, match="`continuous` must be one of .*got 'log'"):
         GRUSVMFeatureExtractor(SCHEMA, continuous="log")

@@ -1,3 +1,5 @@
+from importlib import metadata
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,6 @@ from hf_vqlogits.gru_svm import (
     GRUSVMConfig,
     GRUSVMForSequenceClassification,
     export_onnx,
-    onnx_export,
 )
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -47,9 +48,14 @@ def test_any_number_of_rows(tmp_path, fields):
         np.testing.assert_allclose(logits, model(inputs).logits.detach().numpy(), atol=1e-5)
 
 
-def test_missing_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install onnx onnxscript"):
+def test_packages_that_are_missing_or_too_old_are_named(tmp_path, monkeypatch):
+    def version(name):
+        if name == "onnx":
+            raise metadata.PackageNotFoundError
+        return "0.6.2"
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(ImportError, match='pip install "onnx>=1.20" "onnxscript>=0.7"'):
         export_onnx(make(), tmp_path / "model.onnx")
 
 

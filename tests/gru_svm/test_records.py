@@ -98,6 +98,14 @@ def test_a_record_over_several_lines_has_the_number_of_its_first():
     assert [problem.line for problem in records.problems] == [4]
 
 
+def test_lines_that_an_open_quotation_mark_takes_in_are_told():
+    lines = [f"{line}\n" for line in (GOOD[0], '1,"x,SF,no', *GOOD)]
+    records = read_records(lines, SCHEMA, malformed="leave_out")
+    assert len(records) == 1
+    assert str(records.problems[0]).startswith("line 2: 4 values are expected, found")
+    assert str(records.problems[0]).endswith("a quotation mark takes in the lines up to 5")
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from([*GOOD, *(line for line, _ in BAD)]), min_size=1, max_size=30))
 def test_no_line_is_lost(lines):
