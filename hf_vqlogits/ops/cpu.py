@@ -1,9 +1,9 @@
 """The compiled CPU kernels: loading them, and calling them on tensors.
 
-The library is built from `csrc/` when the package is installed, if there is a C++ compiler. It has
-two paths: `avx512`, tables of 16-bit partial sums, for sign codes and for index codes with K <= 32;
-and `plain`, portable C++ with tables of float32, for all codes. Being a plain C library it is bound
-to no version of PyTorch.
+The library is built from `csrc/` when the package is installed, if there is a C++ compiler. Its
+paths `avx512`, `avx2` and `neon` look up 16-bit partial sums in tables that fit a register, for
+sign codes and index codes with K <= 32 (AVX-512) or K <= 16; `plain` is portable C++ with tables of
+float32, for all codes. Being a plain C library it is bound to no version of PyTorch.
 """
 
 import ctypes
@@ -22,10 +22,12 @@ from .tensor_cache import TensorCache
 
 logger = logging.getLogger(__name__)
 
-_INTERFACE = 2  # `kInterface` in csrc/expand.cpp
+_INTERFACE = 3  # `kInterface` in csrc/expand.cpp
 _EXTENSION = "_expand"  # in setup.py
 _OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_LARGEST_AVX512_CODEBOOK = 32  # an index must fit a field of 5 bits
+_PATHS = {"avx512": 1, "avx2": 2, "neon": 3, "plain": 0}  # `Path` there, the fastest first
+# K of a path whose tables fit a register: an index must fit a field of 5 or 4 bits.
+LARGEST_CODEBOOKS = {"avx512": 32, "avx2": 16, "neon": 16}
 
 
 class _Coding(ctypes.Structure):
@@ -41,7 +43,7 @@ class _Coding(ctypes.Structure):
 
 
 class _Fine(ctypes.Structure):
-    """`Fine` in csrc/tables_avx512.h."""
+    """`Fine` in csrc/layout.h."""
 
     _fields_ = (
         ("ids", ctypes.c_void_p),
@@ -53,7 +55,7 @@ class _Fine(ctypes.Structure):
 
 
 class _PreparedFine(NamedTuple):
-    """Second codes as the AVX-512 kernel reads them."""
+    """Second codes as the kernels read them."""
 
     fine: _Fine
     address: int  # of `fine`
@@ -66,7 +68,7 @@ class _Prepared(NamedTuple):
 
     coding: _Coding
     address: int  # of `coding`
-    tiles: Tensor | None  # the codes in the order in which the AVX-512 kernel reads them
+    tiles: Tensor | None  # the codes in the order in which a kernel with tables reads them
 
 
 _prepared: TensorCache[_Prepared] = TensorCache()
@@ -78,7 +80,7 @@ def paths() -> tuple[str, ...]:
     library = _load()
     if library is None:
         return ()
-    return ("avx512", "plain") if library.vqlogits_has_avx512() else ("plain",)
+    return tuple(name for name, path in _PATHS.items() if library.vqlogits_has(path))
 
 
 def supports(path: str, scores: Tensor, codes: Tensor, code_type: str) -> bool:
@@ -87,7 +89,7 @@ def supports(path: str, scores: Tensor, codes: Tensor, code_type: str) -> bool:
         return False
     if path == "plain":
         return True
-    small = code_type == "sign" or scores.shape[2] <= _LARGEST_AVX512_CODEBOOK
+    small = code_type == "sign" or scores.shape[2] <= LARGEST_CODEBOOKS[path]
     # Tiles that may no longer match their codes are worse than a slower kernel.
     return small and TensorCache.can_hold(codes)
 
@@ -102,11 +104,12 @@ def expand(
 ) -> Tensor:
     """Logits (N, V) of scores (N, R) or (N, G, K), in their type, by one of the [`paths`].
 
-    Second codes are for `avx512` only, which adds them where their tables are at hand.
+    Second codes are for the paths of `LARGEST_CODEBOOKS` only, which add them where their tables
+    are at hand.
 
-    Sums are taken in float32. `avx512` rounds its tables to multiples of a scale, one for each row
-    and segment of the codes; a logit is off by at most half a scale per table (derived in
-    csrc/tables_avx512.h), with normal scores by about 0.1% and at most 0.5% of the deviation of a
+    Sums are taken in float32. Those paths round their tables to multiples of a scale, one for each
+    row and segment of the codes; a logit is off by at most half a scale per table (derived in
+    csrc/tables_kernel.h), with normal scores by about 0.1% and at most 0.5% of the deviation of a
     row's logits. A row with a score that is NaN or infinite becomes NaN as a whole there.
 
     Raises:
@@ -119,13 +122,13 @@ def expand(
     prepared = _prepare(codes, code_type, tuple(scores.shape[1:]), path)
     exact = scores.to(torch.float32).contiguous()
     rows, threads = scores.shape[0], torch.get_num_threads()
-    if path == "avx512":
-        assert prepared.tiles is not None
+    if prepared.tiles is not None:
         fine = None
         if fine_ids is not None and fine_codes is not None:
-            fine = _prepare_fine(prepared.address, codes.shape[0], fine_ids, fine_codes)
+            fine = _prepare_fine(path, prepared.address, codes.shape[0], fine_ids, fine_codes)
         logits = torch.empty(rows, codes.shape[0], dtype=scores.dtype)
-        failed = library.vqlogits_expand_avx512(
+        failed = library.vqlogits_expand_tiles(
+            _PATHS[path],
             prepared.address,
             exact.data_ptr(),
             prepared.tiles.data_ptr(),
@@ -172,27 +175,28 @@ def _make_prepared(codes: Tensor, code_type: str, shape: tuple[int, ...], path: 
     library = _load()
     assert library is not None
     codes = codes.contiguous()
-    tiles = torch.empty(library.vqlogits_tile_words(address), dtype=torch.int16)
-    library.vqlogits_tile(address, codes.data_ptr(), tiles.data_ptr(), torch.get_num_threads())
+    number, threads = _PATHS[path], torch.get_num_threads()
+    tiles = torch.empty(library.vqlogits_tile_bytes(number, address), dtype=torch.uint8)
+    library.vqlogits_tile(number, address, codes.data_ptr(), tiles.data_ptr(), threads)
     return _Prepared(coding, address, tiles)
 
 
 def _prepare_fine(
-    coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
+    path: str, coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
 ) -> _PreparedFine:
     def make() -> _PreparedFine:
-        return _make_prepared_fine(coding, vocabulary, fine_ids, fine_codes)
+        return _make_prepared_fine(_PATHS[path], coding, vocabulary, fine_ids, fine_codes)
 
     if not TensorCache.can_hold(fine_codes) or not TensorCache.can_hold(fine_ids):
         return make()
-    key = (vocabulary, id(fine_ids), fine_ids._version)
+    key = (path, vocabulary, id(fine_ids), fine_ids._version)
     prepared = _prepared_fine.get(fine_codes, key, make)
     # An identity may be given out again once its tensor is gone.
     return prepared if prepared.ids() is fine_ids else make()
 
 
 def _make_prepared_fine(
-    coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
+    path: int, coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
 ) -> _PreparedFine:
     library = _load()
     assert library is not None
@@ -208,14 +212,14 @@ def _make_prepared_fine(
     counts = (ids // task_tokens).bincount(minlength=-(-vocabulary // task_tokens))
     begins = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     blocks = torch.nn.functional.pad((-(-counts // block_tokens)).cumsum(0), (1, 0))
-    words = library.vqlogits_tile_words(coding) // max(1, len(counts) * task_tokens)
-    tiles = torch.empty(int(blocks[-1]) * block_tokens * words, dtype=torch.int16)
+    token_bytes = library.vqlogits_tile_bytes(path, coding) // max(1, len(counts) * task_tokens)
+    tiles = torch.empty(int(blocks[-1]) * block_tokens * token_bytes, dtype=torch.uint8)
     kept_alive = (ids.int(), begins, blocks, tiles)
     fine = _Fine(*(tensor.data_ptr() for tensor in kept_alive), FINE_FACTOR)
     address = ctypes.addressof(fine)
     rows = fine_codes[order].contiguous()
     library.vqlogits_tile_fine(
-        coding, address, rows.data_ptr(), tiles.data_ptr(), torch.get_num_threads()
+        path, coding, address, rows.data_ptr(), tiles.data_ptr(), torch.get_num_threads()
     )
     return _PreparedFine(fine, address, kept_alive, weakref.ref(fine_ids))
 
@@ -253,14 +257,14 @@ def _load() -> ctypes.CDLL | None:
 def _declare(library: ctypes.CDLL) -> None:
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     for name, result, arguments in (
-        ("has_avx512", int32, ()),
+        ("has", int32, (int32,)),
         ("use_openmp", None, (pointer,)),
-        ("tile_words", int64, (pointer,)),
+        ("tile_bytes", int64, (int32, pointer)),
         ("task_tokens", int64, ()),
         ("block_tokens", int64, ()),
-        ("tile", None, (pointer, pointer, pointer, int32)),
-        ("tile_fine", None, (pointer, pointer, pointer, pointer, int32)),
-        ("expand_avx512", int32, (*[pointer] * 4, int64, int32, pointer, int32)),
+        ("tile", None, (int32, pointer, pointer, pointer, int32)),
+        ("tile_fine", None, (int32, pointer, pointer, pointer, pointer, int32)),
+        ("expand_tiles", int32, (int32, *[pointer] * 4, int64, int32, pointer, int32)),
         ("expand_plain", int32, (pointer, pointer, pointer, int64, pointer, int32)),
     ):
         function = getattr(library, f"vqlogits_{name}")
