@@ -171,10 +171,13 @@ class VQLogitsHead(CodedLayer):
         positions = hidden_states.shape[:-1]
         rows = hidden_states.reshape(-1, self.in_features)
         if labels is None:
-            logits = ops.expand(
-                self.scores(rows),
-                self.codes,
+            logits = ops.logits(
+                rows,
+                codebook=self.codebook,
+                codebook_bias=self.codebook_bias,
+                codes=self.codes,
                 code_type=self.code_type,
+                scale=self.score_scale,
                 fine_ids=self.fine_ids,
                 fine_codes=self.fine_codes,
             )

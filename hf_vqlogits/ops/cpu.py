@@ -22,9 +22,10 @@ from .tensor_cache import TensorCache
 
 logger = logging.getLogger(__name__)
 
-_INTERFACE = 3  # `kInterface` in csrc/expand.cpp
+_INTERFACE = 4  # `kInterface` in csrc/expand.cpp
 _EXTENSION = "_expand"  # in setup.py
 _OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCORED_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of hidden states and codebook
 _PATHS = {"avx512": 1, "avx2": 2, "neon": 3, "plain": 0}  # `Path` there, the fastest first
 # K of a path whose tables fit a register: an index must fit a field of 5 or 4 bits.
 LARGEST_CODEBOOKS = {"avx512": 32, "avx2": 16, "neon": 16}
@@ -39,6 +40,19 @@ class _Coding(ctypes.Structure):
         ("codewords", ctypes.c_int64),
         ("sign", ctypes.c_int32),
         ("code_bytes", ctypes.c_int32),
+    )
+
+
+class _Scoring(ctypes.Structure):
+    """`Scoring` in csrc/layout.h."""
+
+    _fields_ = (
+        ("hidden", ctypes.c_void_p),
+        ("codebook", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("half", ctypes.c_int32),
     )
 
 
@@ -78,8 +92,11 @@ _prepared_fine: TensorCache[_PreparedFine] = TensorCache()
 def paths() -> tuple[str, ...]:
     """The paths that this machine can take, the fastest first; none without the library."""
     library = _load()
-    if library is None:
-        return ()
+    return () if library is None else _paths_of(library)
+
+
+@functools.cache
+def _paths_of(library: ctypes.CDLL) -> tuple[str, ...]:
     return tuple(name for name, path in _PATHS.items() if library.vqlogits_has(path))
 
 
@@ -87,9 +104,12 @@ def supports(path: str, scores: Tensor, codes: Tensor, code_type: str) -> bool:
     """Whether a path knows such scores and codes."""
     if scores.dtype not in _OUTPUT_TYPES or scores.device.type != "cpu":
         return False
-    if path == "plain":
-        return True
-    small = code_type == "sign" or scores.shape[2] <= LARGEST_CODEBOOKS[path]
+    return path == "plain" or knows(path, codes, code_type, scores.shape[-1])
+
+
+def knows(path: str, codes: Tensor, code_type: str, codewords: int) -> bool:
+    """Whether a path of `LARGEST_CODEBOOKS` knows such codes; `codewords` is K of index codes."""
+    small = code_type == "sign" or codewords <= LARGEST_CODEBOOKS[path]
     # Tiles that may no longer match their codes are worse than a slower kernel.
     return small and TensorCache.can_hold(codes)
 
@@ -147,6 +167,60 @@ def expand(
     if failed:
         raise MemoryError(f"no memory for the tables of {rows} rows of scores")
     return logits.to(scores.dtype)
+
+
+def logits(
+    hidden: Tensor,
+    codebook: Tensor,
+    codebook_bias: Tensor,
+    codes: Tensor,
+    code_type: str,
+    scale: float,
+    path: str,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
+) -> Tensor:
+    """Logits (N, V) of a few hidden states (N, d), by a path of `LARGEST_CODEBOOKS`.
+
+    All in one of `SCORED_TYPES`. Scores are sums of products in float32; the rest is [`expand`].
+
+    Raises:
+        IndexError: as [`expand`].
+        ValueError: as [`expand`].
+        MemoryError: there is no memory for the tables.
+    """
+    library = _load()
+    assert library is not None
+    prepared = _prepare(codes, code_type, tuple(codebook_bias.shape), path)
+    assert prepared.tiles is not None
+    fine = None
+    if fine_ids is not None and fine_codes is not None:
+        fine = _prepare_fine(path, prepared.address, codes.shape[0], fine_ids, fine_codes)
+    exact = hidden.to(torch.float32).contiguous()
+    codebook, codebook_bias = codebook.contiguous(), codebook_bias.contiguous()
+    scoring = _Scoring(
+        exact.data_ptr(),
+        codebook.data_ptr(),
+        codebook_bias.data_ptr(),
+        exact.shape[1],
+        scale,
+        SCORED_TYPES[hidden.dtype],
+    )
+    out = torch.empty(hidden.shape[0], codes.shape[0], dtype=hidden.dtype)
+    failed = library.vqlogits_logits_tiles(
+        _PATHS[path],
+        prepared.address,
+        ctypes.byref(scoring),
+        prepared.tiles.data_ptr(),
+        None if fine is None else fine.address,
+        hidden.shape[0],
+        _OUTPUT_TYPES[hidden.dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the tables of {hidden.shape[0]} hidden states")
+    return out
 
 
 def _prepare(codes: Tensor, code_type: str, shape: tuple[int, ...], path: str) -> _Prepared:
@@ -265,6 +339,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("tile", None, (int32, pointer, pointer, pointer, int32)),
         ("tile_fine", None, (int32, pointer, pointer, pointer, pointer, int32)),
         ("expand_tiles", int32, (int32, *[pointer] * 4, int64, int32, pointer, int32)),
+        ("logits_tiles", int32, (int32, *[pointer] * 4, int64, int32, pointer, int32)),
         ("expand_plain", int32, (pointer, pointer, pointer, int64, pointer, int32)),
     ):
         function = getattr(library, f"vqlogits_{name}")

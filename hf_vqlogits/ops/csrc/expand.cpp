@@ -16,11 +16,12 @@
 using vqlogits::Coding;
 using vqlogits::Fine;
 using vqlogits::Output;
+using vqlogits::Scoring;
 
 namespace {
 
 // `_INTERFACE` in ops/cpu.py; to be raised with every change of the functions below.
-constexpr int32_t kInterface = 3;
+constexpr int32_t kInterface = 4;
 constexpr int32_t kNoMemory = -1;
 
 // `_PATHS` in ops/cpu.py.
@@ -126,6 +127,30 @@ int32_t vqlogits_expand_tiles(int32_t path, const Coding* coding, const float* s
     return kNoMemory;
   }
   (void)path, (void)scores, (void)tiles, (void)fine, (void)out, (void)output;
+  return 0;
+}
+
+// Hidden states of a few rows -> out [rows, V]; the rest as above.
+int32_t vqlogits_logits_tiles(int32_t path, const Coding* coding, const Scoring* scoring,
+                              const void* tiles, const Fine* fine, int64_t rows, int32_t type,
+                              void* out, int32_t threads) {
+  threads = useful_threads(*coding, rows, threads);
+  const auto output = static_cast<Output>(type);
+  try {
+#if VQLOGITS_X86
+    if (path == kAvx512) {
+      vqlogits::avx512::logits(*coding, *scoring, tiles, fine, rows, output, out, threads);
+    }
+#endif
+#if VQLOGITS_BYTES
+    if (path != kAvx512) {
+      vqlogits::bytes::logits(*coding, *scoring, tiles, fine, rows, output, out, threads);
+    }
+#endif
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+  (void)path, (void)scoring, (void)tiles, (void)fine, (void)out, (void)output;
   return 0;
 }
 

@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "layout.h"

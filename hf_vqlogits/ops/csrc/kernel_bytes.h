@@ -10,6 +10,7 @@
 #include <cfloat>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "layout.h"

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "coding.h"
 #include "parallel.h"
@@ -139,6 +140,28 @@ void tile_fine(const Coding& coding, const Fine& fine, const void* codes, void* 
               fine.blocks[task + 1] - fine.blocks[task],
               static_cast<typename S::Word*>(tiles) + fine.blocks[task] * kLanes * fields.words);
   });
+}
+
+// How scores come from hidden states, `_Scoring` in ops/cpu.py:
+// scale * (hidden . codebook + bias).
+struct Scoring {
+  const float* hidden;   // [N, d]
+  const void* codebook;  // [scores of a row, d]
+  const void* bias;      // [scores of a row]
+  int64_t size;          // d
+  float scale;
+  int32_t half;  // codebook and bias are 1: bfloat16, 0: float32
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+inline float to_float(float value) { return value; }
+inline float to_float(BFloat16 value) {
+  const uint32_t bits = uint32_t{value.bits} << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
 }
 
 enum class Output : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };

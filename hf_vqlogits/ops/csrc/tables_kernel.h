@@ -21,6 +21,8 @@ namespace vqlogits::VQLOGITS_PATH {
 
 // Rows whose tables are built before they are used: at R = 1,000 these are 0.8 MB.
 constexpr int64_t kBatchRows = 64;
+// Scores that a task makes: with d = 768 in float32 it reads 48 KB of the codebook.
+constexpr int64_t kScoresOfTask = 16;
 
 // kSigns.of[i][entry]: bit i of the entry is the sign of score i.
 struct Signs {
@@ -38,7 +40,7 @@ class Tables {
  public:
   Tables(const Fields<S>& fields, int64_t rows)
       : scales(rows * fields.segments),
-        offsets(rows),
+        offsets(rows * fields.segments),
         storage_(rows * fields.row_entries() + 32) {
     // A table fills a cache line or half of one; across two of them every look-up would load twice.
     const auto address = reinterpret_cast<uintptr_t>(storage_.data());
@@ -47,7 +49,7 @@ class Tables {
 
   int16_t* entries;            // [rows][fields][as put_entries stores them]
   std::vector<float> scales;   // [rows][segments]
-  std::vector<float> offsets;  // [rows]
+  std::vector<float> offsets;  // [rows][segments]
 
  private:
   std::vector<int16_t> storage_;
@@ -120,33 +122,32 @@ VQLOGITS_TARGET inline void round_all(const float* values, float factor, int16_t
   }
 }
 
-// Tables, scales and offset of one row of scores. A row with a score that is not finite becomes NaN
-// as a whole: which tokens it concerns, integers cannot say.
-VQLOGITS_TARGET inline void build_row(const Coding& coding, const Fields<S>& fields,
-                                      const float* scores, int16_t* entries, float* scales,
-                                      float* offset) {
+// Tables, scale and offset of one row of scores and one segment. With a score that is not finite
+// the offset is NaN, and so the whole row will be: which tokens it concerns, integers cannot say.
+VQLOGITS_TARGET inline void build(const Coding& coding, const Fields<S>& fields, const float* scores,
+                                  int64_t segment, int16_t* entries, float* scale, float* offset) {
   float sums[S::kMaxSegmentFields][S::kEntries];
   int16_t rounded[S::kEntries];
-  double middles = 0.0;
-  const bool finite = all_finite(scores, coding.scores_per_row());
-  for (int64_t segment = 0; segment < fields.segments; segment++) {
-    const int64_t first = fields.segment_begin(segment) * S::kFieldsPerWord;
-    const int64_t count = fields.segment_end(segment) * S::kFieldsPerWord - first;
-    double bound = 0.0;
-    for (int64_t f = 0; f < count; f++) {
-      float middle = 0.0f;
-      bound += coding.sign ? sign_sums(coding, scores, first + f, sums[f])
-                           : index_sums(coding, fields, scores, first + f, sums[f], &middle);
-      middles += middle;
-    }
-    // Scores that are all zero, or too small for a normal scale, give entries of zero and no NaN.
-    const float scale = std::max(static_cast<float>(bound / (32700.0 - 0.5 * count)), FLT_MIN);
-    scales[segment] = scale;
-    for (int64_t f = 0; f < count; f++) {
-      round_all(sums[f], 1.0f / scale, rounded);
-      put_entries(rounded, entries + (first + f) * S::kEntries);
-    }
+  const int64_t first = fields.segment_begin(segment) * S::kFieldsPerWord;
+  const int64_t count = fields.segment_end(segment) * S::kFieldsPerWord - first;
+  double bound = 0.0, middles = 0.0;
+  for (int64_t f = 0; f < count; f++) {
+    float middle = 0.0f;
+    bound += coding.sign ? sign_sums(coding, scores, first + f, sums[f])
+                         : index_sums(coding, fields, scores, first + f, sums[f], &middle);
+    middles += middle;
   }
+  // Scores that are all zero, or too small for a normal scale, give entries of zero and no NaN.
+  *scale = std::max(static_cast<float>(bound / (32700.0 - 0.5 * count)), FLT_MIN);
+  for (int64_t f = 0; f < count; f++) {
+    round_all(sums[f], 1.0f / *scale, rounded);
+    put_entries(rounded, entries + (first + f) * S::kEntries);
+  }
+  const int64_t per_field =
+      coding.sign ? S::kFieldBits : int64_t{fields.indices} * coding.codewords;
+  const int64_t begin = std::min(first * per_field, coding.scores_per_row());
+  const int64_t end = std::min((first + count) * per_field, coding.scores_per_row());
+  const bool finite = all_finite(scores + begin, end - begin);
   *offset = finite ? static_cast<float>(middles) : std::numeric_limits<float>::quiet_NaN();
 }
 
@@ -221,7 +222,9 @@ VQLOGITS_TARGET inline void expand_task(const Coding& coding, const Fields<S>& f
                                         int64_t row, int64_t task, Output type, void* out) {
   alignas(64) float partial[ROWS * kTaskTokens];
   for (int n = 0; n < ROWS; n++) {
-    std::fill_n(partial + n * kTaskTokens, kTaskTokens, tables.offsets[row + n]);
+    const float* offsets = tables.offsets.data() + (row + n) * fields.segments;
+    std::fill_n(partial + n * kTaskTokens, kTaskTokens,
+                std::accumulate(offsets, offsets + fields.segments, 0.0f));
   }
   const int64_t first = task * kTaskTokens;
   const int64_t count = std::min(kTaskTokens, coding.vocabulary - first);
@@ -234,37 +237,95 @@ VQLOGITS_TARGET inline void expand_task(const Coding& coding, const Fields<S>& f
   }
 }
 
+// A dot product, in 16 sums.
+template <typename T>
+VQLOGITS_TARGET inline float dot(const float* a, const T* b, int64_t size) {
+  float sums[16] = {}, sum = 0.0f;
+  int64_t i = 0;
+  for (; i + 16 <= size; i += 16) {
+    for (int lane = 0; lane < 16; lane++) sums[lane] += a[i + lane] * to_float(b[i + lane]);
+  }
+  for (int lane = 0; lane < 16; lane++) sum += sums[lane];
+  for (; i < size; i++) sum += a[i] * to_float(b[i]);
+  return sum;
+}
+
+// Scores [begin, end) of all rows.
+template <typename T>
+VQLOGITS_TARGET inline void score(const Scoring& scoring, int64_t rows, int64_t per_row,
+                                  int64_t begin, int64_t end, float* scores) {
+  const auto* codebook = static_cast<const T*>(scoring.codebook);
+  const auto* bias = static_cast<const T*>(scoring.bias);
+  for (int64_t r = begin; r < end; r++) {
+    for (int64_t n = 0; n < rows; n++) {
+      const float product = dot(scoring.hidden + n * scoring.size, codebook + r * scoring.size,
+                                scoring.size);
+      scores[n * per_row + r] = scoring.scale * (product + to_float(bias[r]));
+    }
+  }
+}
+
+// Logits of up to kBatchRows rows. With a scoring their scores are made first, else they are given.
+inline void expand_batch(const Coding& coding, const Fields<S>& fields, const Scoring* scoring,
+                         float* scores, const void* tiles, const Fine* fine, int64_t rows,
+                         Output type, void* out, int threads, Tables& tables) {
+  const auto* words = static_cast<const S::Word*>(tiles);
+  const int64_t per_row = coding.scores_per_row();
+  const auto make_scores = [&](int64_t task) {
+    const int64_t begin = task * kScoresOfTask, end = std::min(begin + kScoresOfTask, per_row);
+    if (scoring->half) {
+      score<BFloat16>(*scoring, rows, per_row, begin, end, scores);
+    } else {
+      score<float>(*scoring, rows, per_row, begin, end, scores);
+    }
+  };
+  const auto make_tables = [&](int64_t task) {
+    const int64_t row = task / fields.segments, segment = task % fields.segments;
+    build(coding, fields, scores + row * per_row, segment,
+          tables.entries + row * fields.row_entries(), &tables.scales[task], &tables.offsets[task]);
+  };
+  const auto make_logits = [&](int64_t task) {
+    int64_t row = 0;
+    for (; row + kRows <= rows; row += kRows) {
+      expand_task<kRows, 1>(coding, fields, words, fine, tables, row, task, type, out);
+    }
+    if constexpr (kRows > 2) {
+      for (; row + 2 <= rows; row += 2) {
+        expand_task<2, kPairBlocks>(coding, fields, words, fine, tables, row, task, type, out);
+      }
+    }
+    for (; row < rows; row++) {
+      expand_task<1, kSingleBlocks>(coding, fields, words, fine, tables, row, task, type, out);
+    }
+  };
+  Phase scored(scoring ? (per_row + kScoresOfTask - 1) / kScoresOfTask : 0, make_scores);
+  Phase tabled(rows * fields.segments, make_tables);
+  Phase expanded(fields.tasks, make_logits);
+  parallel_phases(threads, scored, tabled, expanded);
+}
+
 // scores [N, ...] float32, codes as tiles, second codes or null -> out [N, V] of the given type.
 inline void expand(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
                    int64_t rows, Output type, void* out, int threads) {
   const Fields<S> fields(coding);
-  const auto* words = static_cast<const S::Word*>(tiles);
   const int64_t row_bytes = coding.vocabulary * (type == Output::kFloat32 ? 4 : 2);
   Tables tables(fields, std::min(rows, kBatchRows));
   for (int64_t first = 0; first < rows; first += kBatchRows) {
-    const int64_t now = std::min(kBatchRows, rows - first);
-    const float* s = scores + first * coding.scores_per_row();
-    char* o = static_cast<char*>(out) + first * row_bytes;
-    parallel_for(now, threads, [&](int64_t row) {
-      build_row(coding, fields, s + row * coding.scores_per_row(),
-                tables.entries + row * fields.row_entries(),
-                tables.scales.data() + row * fields.segments, tables.offsets.data() + row);
-    });
-    parallel_for(fields.tasks, threads, [&](int64_t task) {
-      int64_t row = 0;
-      for (; row + kRows <= now; row += kRows) {
-        expand_task<kRows, 1>(coding, fields, words, fine, tables, row, task, type, o);
-      }
-      if constexpr (kRows > 2) {
-        for (; row + 2 <= now; row += 2) {
-          expand_task<2, kPairBlocks>(coding, fields, words, fine, tables, row, task, type, o);
-        }
-      }
-      for (; row < now; row++) {
-        expand_task<1, kSingleBlocks>(coding, fields, words, fine, tables, row, task, type, o);
-      }
-    });
+    expand_batch(coding, fields, nullptr,
+                 const_cast<float*>(scores) + first * coding.scores_per_row(), tiles, fine,
+                 std::min(kBatchRows, rows - first), type,
+                 static_cast<char*>(out) + first * row_bytes, threads, tables);
   }
+}
+
+// hidden states of up to kBatchRows rows -> out [N, V] of the given type.
+inline void logits(const Coding& coding, const Scoring& scoring, const void* tiles, const Fine* fine,
+                   int64_t rows, Output type, void* out, int threads) {
+  const Fields<S> fields(coding);
+  Tables tables(fields, rows);
+  std::vector<float> scores(rows * coding.scores_per_row());
+  expand_batch(coding, fields, &scoring, scores.data(), tiles, fine, rows, type, out, threads,
+               tables);
 }
 
 }  // namespace vqlogits::VQLOGITS_PATH
