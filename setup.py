@@ -37,6 +37,7 @@ libraries = [
             "parallel",
             "tables_kernel",
             "tables_plain",
+            "top",
         ),
     ),
     library("hf_vqlogits.conversion._sign_search", "conversion/csrc/sign_search.cpp"),

@@ -163,11 +163,7 @@ class VQLogitsHead(CodedLayer):
             ValueError: the last dimension of `hidden_states` is not d, or `labels` has another
                 shape than the positions.
         """
-        if hidden_states.shape[-1] != self.in_features:
-            raise ValueError(
-                f"`hidden_states` must end in the hidden size {self.in_features}, got shape "
-                f"{tuple(hidden_states.shape)}."
-            )
+        self._check_width(hidden_states)
         positions = hidden_states.shape[:-1]
         rows = hidden_states.reshape(-1, self.in_features)
         if labels is None:
@@ -204,6 +200,48 @@ class VQLogitsHead(CodedLayer):
             final_logit_softcapping=self.final_logit_softcapping,
         )
         return loss.view(positions) if reduction == "none" else loss
+
+    def topk(self, hidden_states: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits of every position and their tokens, without the N x V logits.
+
+        Without gradient, and by no hook of `forward`: a head that is sharded must be gathered
+        before.
+
+        Args:
+            hidden_states: (..., d).
+            k: 1 to V.
+
+        Returns:
+            Logits in float32, descending, and tokens int64, both (..., k).
+
+        Raises:
+            ValueError: `k` is not in 1..V, or the last dimension of `hidden_states` is not d.
+        """
+        self._check_width(hidden_states)
+        values, tokens = ops.topk(
+            hidden_states.reshape(-1, self.in_features),
+            k,
+            codebook=self.codebook,
+            codebook_bias=self.codebook_bias,
+            codes=self.codes,
+            code_type=self.code_type,
+            scale=self.score_scale,
+            fine_ids=self.fine_ids,
+            fine_codes=self.fine_codes,
+        )
+        shape = (*hidden_states.shape[:-1], k)
+        return self.postprocess(values).view(shape), tokens.view(shape)
+
+    def argmax(self, hidden_states: Tensor) -> Tensor:
+        """The most likely token of every position: (..., d) -> int64 (...), as [`topk`]."""
+        return self.topk(hidden_states, 1)[1].squeeze(-1)
+
+    def _check_width(self, hidden_states: Tensor) -> None:
+        if hidden_states.shape[-1] != self.in_features:
+            raise ValueError(
+                f"`hidden_states` must end in the hidden size {self.in_features}, got shape "
+                f"{tuple(hidden_states.shape)}."
+            )
 
     def postprocess(self, logits: Tensor) -> Tensor:
         """Logits (..., V) after the family's scale and soft-cap."""

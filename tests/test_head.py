@@ -305,3 +305,18 @@ def test_prints_its_sizes():
     assert "out_features=300, code_type=index, num_codebooks=3, codebook_size=256" in repr(
         make_head(CODES["index, uint8"])
     )
+
+
+@pytest.mark.parametrize("codes", ["sign", "index"])
+def test_the_largest_logits(codes, make_model):
+    head = make_model(code_type=codes, codebook_size=2 if codes == "sign" else 5).lm_head
+    head.logit_scale, head.final_logit_softcapping = 0.5, 3.0
+    hidden = 4 * torch.randn(2, 3, head.in_features)
+    logits = head(hidden)
+    values, tokens = head.topk(hidden, 4)
+    assert values.shape == tokens.shape == (2, 3, 4)
+    torch.testing.assert_close(values, logits.topk(4).values, atol=2e-2, rtol=0)
+    torch.testing.assert_close(values, logits.gather(-1, tokens), atol=2e-2, rtol=0)
+    assert torch.equal(head.argmax(hidden), tokens[..., 0])
+    with pytest.raises(ValueError, match="must end in the hidden size"):
+        head.argmax(hidden[..., 1:])

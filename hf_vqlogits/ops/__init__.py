@@ -2,7 +2,8 @@
 
 `eager.py` is the specification. `registration.py`, `cross_entropy.py` and `gather.py` declare the
 operations to PyTorch, `backends.py` chooses who computes them: `eager.py`, `matmul.py` or the
-compiled `cpu.py`. `direct.py` takes a few rows from hidden states to logits.
+compiled `cpu.py`. `direct.py` takes a few rows from hidden states to logits,
+`top.py` all rows to the largest of them.
 """
 
 from .cross_entropy import linear_cross_entropy
@@ -10,6 +11,7 @@ from .direct import logits
 from .eager import pack_signs, scores, unpack_signs
 from .gather import gather_rows
 from .registration import expand
+from .top import topk
 
 __all__ = [
     "expand",
@@ -18,5 +20,6 @@ __all__ = [
     "logits",
     "pack_signs",
     "scores",
+    "topk",
     "unpack_signs",
 ]

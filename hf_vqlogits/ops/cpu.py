@@ -22,7 +22,7 @@ from .tensor_cache import TensorCache
 
 logger = logging.getLogger(__name__)
 
-_INTERFACE = 4  # `kInterface` in csrc/expand.cpp
+_INTERFACE = 5  # `kInterface` in csrc/expand.cpp
 _EXTENSION = "_expand"  # in setup.py
 _OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCORED_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of hidden states and codebook
@@ -223,6 +223,51 @@ def logits(
     return out
 
 
+def topk(
+    scores: Tensor,
+    k: int,
+    codes: Tensor,
+    code_type: str,
+    path: str,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k largest logits (N, k) in float32, descending, and their tokens; as [`expand`].
+
+    Of equal logits the first tokens are taken. NaN is in no order: a row that has fewer than k
+    numbers ends in NaN of token 0.
+
+    Raises:
+        IndexError: as [`expand`].
+        ValueError: as [`expand`].
+        MemoryError: there is no memory for the tables.
+    """
+    library = _load()
+    assert library is not None
+    prepared = _prepare(codes, code_type, tuple(scores.shape[1:]), path)
+    assert prepared.tiles is not None
+    fine = None
+    if fine_ids is not None and fine_codes is not None:
+        fine = _prepare_fine(path, prepared.address, codes.shape[0], fine_ids, fine_codes)
+    exact, rows = scores.to(torch.float32).contiguous(), scores.shape[0]
+    values, tokens = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.long)
+    failed = library.vqlogits_top_tiles(
+        _PATHS[path],
+        prepared.address,
+        exact.data_ptr(),
+        prepared.tiles.data_ptr(),
+        None if fine is None else fine.address,
+        rows,
+        k,
+        values.data_ptr(),
+        tokens.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the tables of {rows} rows of scores")
+    return values, tokens
+
+
 def _prepare(codes: Tensor, code_type: str, shape: tuple[int, ...], path: str) -> _Prepared:
     def make() -> _Prepared:
         return _make_prepared(codes, code_type, shape, path)
@@ -340,6 +385,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("tile_fine", None, (int32, pointer, pointer, pointer, pointer, int32)),
         ("expand_tiles", int32, (int32, *[pointer] * 4, int64, int32, pointer, int32)),
         ("logits_tiles", int32, (int32, *[pointer] * 4, int64, int32, pointer, int32)),
+        ("top_tiles", int32, (int32, *[pointer] * 4, int64, int64, pointer, pointer, int32)),
         ("expand_plain", int32, (pointer, pointer, pointer, int64, pointer, int32)),
     ):
         function = getattr(library, f"vqlogits_{name}")

@@ -12,6 +12,7 @@
 #include "layout.h"
 #include "parallel.h"
 #include "tables_plain.h"
+#include "top.h"
 
 using vqlogits::Coding;
 using vqlogits::Fine;
@@ -21,7 +22,7 @@ using vqlogits::Scoring;
 namespace {
 
 // `_INTERFACE` in ops/cpu.py; to be raised with every change of the functions below.
-constexpr int32_t kInterface = 4;
+constexpr int32_t kInterface = 5;
 constexpr int32_t kNoMemory = -1;
 
 // `_PATHS` in ops/cpu.py.
@@ -151,6 +152,29 @@ int32_t vqlogits_logits_tiles(int32_t path, const Coding* coding, const Scoring*
     return kNoMemory;
   }
   (void)path, (void)scoring, (void)tiles, (void)fine, (void)out, (void)output;
+  return 0;
+}
+
+// scores float32 [rows, ...] -> values and tokens [rows, k], the k largest logits of each row.
+int32_t vqlogits_top_tiles(int32_t path, const Coding* coding, const float* scores,
+                           const void* tiles, const Fine* fine, int64_t rows, int64_t k,
+                           float* values, int64_t* tokens, int32_t threads) {
+  threads = useful_threads(*coding, rows, threads);
+  try {
+#if VQLOGITS_X86
+    if (path == kAvx512) {
+      vqlogits::avx512::top(*coding, scores, tiles, fine, rows, k, values, tokens, threads);
+    }
+#endif
+#if VQLOGITS_BYTES
+    if (path != kAvx512) {
+      vqlogits::bytes::top(*coding, scores, tiles, fine, rows, k, values, tokens, threads);
+    }
+#endif
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+  (void)path, (void)scores, (void)tiles, (void)fine, (void)k, (void)values, (void)tokens;
   return 0;
 }
 

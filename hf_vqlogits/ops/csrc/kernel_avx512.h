@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <cfloat>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <numeric>
 #include <vector>
 
 #include "layout.h"
+#include "top.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define VQLOGITS_X86 1

@@ -215,11 +215,30 @@ VQLOGITS_TARGET inline void add_fine(const Fields<S>& fields, const Fine& fine, 
   }
 }
 
+// What becomes of the logits of a task: they are stored,
+struct Store {
+  Output type;
+  void* out;  // [N, V]
+  int64_t vocabulary;
+  VQLOGITS_TARGET void operator()(int64_t row, int64_t first, int64_t count,
+                                  const float* logits) const {
+    store(logits, count, type, out, row * vocabulary + first);
+  }
+};
+
+// or the largest of them are kept.
+struct Offer {
+  std::deque<Top>& tops;  // [N]
+  void operator()(int64_t row, int64_t first, int64_t count, const float* logits) const {
+    tops[row].offer(logits, first, count);
+  }
+};
+
 // Logits of ROWS rows, the first of them `row`, for the tokens of one task.
-template <int ROWS, int BLOCKS>
+template <int ROWS, int BLOCKS, typename Sink>
 VQLOGITS_TARGET inline void expand_task(const Coding& coding, const Fields<S>& fields,
                                         const S::Word* tiles, const Fine* fine, const Tables& tables,
-                                        int64_t row, int64_t task, Output type, void* out) {
+                                        int64_t row, int64_t task, const Sink& sink) {
   alignas(64) float partial[ROWS * kTaskTokens];
   for (int n = 0; n < ROWS; n++) {
     const float* offsets = tables.offsets.data() + (row + n) * fields.segments;
@@ -232,9 +251,7 @@ VQLOGITS_TARGET inline void expand_task(const Coding& coding, const Fields<S>& f
   add_blocks<ROWS, BLOCKS>(fields, tiles + first * fields.words, kBlocks, used, tables, row,
                            partial);
   if (fine) add_fine<ROWS>(fields, *fine, tables, row, task, partial);
-  for (int n = 0; n < ROWS; n++) {
-    store(partial + n * kTaskTokens, count, type, out, (row + n) * coding.vocabulary + first);
-  }
+  for (int n = 0; n < ROWS; n++) sink(row + n, first, count, partial + n * kTaskTokens);
 }
 
 // A dot product, in 16 sums.
@@ -266,9 +283,10 @@ VQLOGITS_TARGET inline void score(const Scoring& scoring, int64_t rows, int64_t 
 }
 
 // Logits of up to kBatchRows rows. With a scoring their scores are made first, else they are given.
-inline void expand_batch(const Coding& coding, const Fields<S>& fields, const Scoring* scoring,
-                         float* scores, const void* tiles, const Fine* fine, int64_t rows,
-                         Output type, void* out, int threads, Tables& tables) {
+template <typename Sink>
+void expand_batch(const Coding& coding, const Fields<S>& fields, const Scoring* scoring,
+                  float* scores, const void* tiles, const Fine* fine, int64_t rows,
+                  const Sink& sink, int threads, Tables& tables) {
   const auto* words = static_cast<const S::Word*>(tiles);
   const int64_t per_row = coding.scores_per_row();
   const auto make_scores = [&](int64_t task) {
@@ -287,15 +305,15 @@ inline void expand_batch(const Coding& coding, const Fields<S>& fields, const Sc
   const auto make_logits = [&](int64_t task) {
     int64_t row = 0;
     for (; row + kRows <= rows; row += kRows) {
-      expand_task<kRows, 1>(coding, fields, words, fine, tables, row, task, type, out);
+      expand_task<kRows, 1>(coding, fields, words, fine, tables, row, task, sink);
     }
     if constexpr (kRows > 2) {
       for (; row + 2 <= rows; row += 2) {
-        expand_task<2, kPairBlocks>(coding, fields, words, fine, tables, row, task, type, out);
+        expand_task<2, kPairBlocks>(coding, fields, words, fine, tables, row, task, sink);
       }
     }
     for (; row < rows; row++) {
-      expand_task<1, kSingleBlocks>(coding, fields, words, fine, tables, row, task, type, out);
+      expand_task<1, kSingleBlocks>(coding, fields, words, fine, tables, row, task, sink);
     }
   };
   Phase scored(scoring ? (per_row + kScoresOfTask - 1) / kScoresOfTask : 0, make_scores);
@@ -311,21 +329,39 @@ inline void expand(const Coding& coding, const float* scores, const void* tiles,
   const int64_t row_bytes = coding.vocabulary * (type == Output::kFloat32 ? 4 : 2);
   Tables tables(fields, std::min(rows, kBatchRows));
   for (int64_t first = 0; first < rows; first += kBatchRows) {
+    const Store sink{type, static_cast<char*>(out) + first * row_bytes, coding.vocabulary};
     expand_batch(coding, fields, nullptr,
                  const_cast<float*>(scores) + first * coding.scores_per_row(), tiles, fine,
-                 std::min(kBatchRows, rows - first), type,
-                 static_cast<char*>(out) + first * row_bytes, threads, tables);
+                 std::min(kBatchRows, rows - first), sink, threads, tables);
   }
 }
 
-// hidden states of up to kBatchRows rows -> out [N, V] of the given type.
+// Hidden states of up to kBatchRows rows -> out [N, V] of the given type.
 inline void logits(const Coding& coding, const Scoring& scoring, const void* tiles, const Fine* fine,
                    int64_t rows, Output type, void* out, int threads) {
   const Fields<S> fields(coding);
   Tables tables(fields, rows);
   std::vector<float> scores(rows * coding.scores_per_row());
-  expand_batch(coding, fields, &scoring, scores.data(), tiles, fine, rows, type, out, threads,
-               tables);
+  const Store sink{type, out, coding.vocabulary};
+  expand_batch(coding, fields, &scoring, scores.data(), tiles, fine, rows, sink, threads, tables);
+}
+
+// scores [N, ...] float32 -> the k largest logits of each row, descending: values, tokens [N, k].
+inline void top(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
+                int64_t rows, int64_t k, float* values, int64_t* tokens, int threads) {
+  const Fields<S> fields(coding);
+  Tables tables(fields, std::min(rows, kBatchRows));
+  for (int64_t first = 0; first < rows; first += kBatchRows) {
+    const int64_t now = std::min(kBatchRows, rows - first);
+    std::deque<Top> tops;
+    for (int64_t n = 0; n < now; n++) tops.emplace_back(k);
+    expand_batch(coding, fields, nullptr,
+                 const_cast<float*>(scores) + first * coding.scores_per_row(), tiles, fine, now,
+                 Offer{tops}, threads, tables);
+    for (int64_t n = 0; n < now; n++) {
+      tops[n].take(values + (first + n) * k, tokens + (first + n) * k);
+    }
+  }
 }
 
 }  // namespace vqlogits::VQLOGITS_PATH
