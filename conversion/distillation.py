@@ -75,9 +75,11 @@ def distill(
     teacher: Logits,
     steps: int,
     metric: TokenMetric | None = None,
+    frozen_bits: int = 0,
     seed: int = 0,
     learning_rate: float | None = None,
     state_file: Path | None = None,
+    keep_state: bool = False,
     notify: Notify = lambda made, kl: None,
     advance: Advance = lambda made: None,
 ) -> Distillation:
@@ -89,11 +91,13 @@ def distill(
         teacher: the original logits (n, V) of hidden states (n, d).
         steps: of about a thousand positions each.
         metric: of the fit; without one, or with index codes, the codes stay.
+        frozen_bits: bits of each code, the first ones, that stay: those of a smaller head inside.
         seed: of the order of the text and of what is kept out.
         learning_rate: of Adam, in units of the codebook's root mean square; falls to zero along
             half a cosine. Default: by the divergence of the start and the number of codebooks.
         state_file: where the run is kept after every check, and found after an interrupt; removed
             at the end.
+        keep_state: leave `state_file` there at the end, so that the same call need not train again.
         notify: called with the steps made and the KL on the positions kept out, when it was judged.
         advance: called with the steps made, more often.
 
@@ -105,7 +109,7 @@ def distill(
             another run.
     """
     training = _Training(head, states, teacher, steps, seed, notify, advance)
-    key = fingerprint(head, states.blocks, steps, seed, learning_rate)
+    key = fingerprint(head, states.blocks, steps, seed, learning_rate, frozen_bits)
     kept = None if state_file is None else load_state(state_file, key)
     if kept is None:
         training.start()
@@ -115,13 +119,13 @@ def distill(
         None if state_file is None else save_state(state_file, key, training.state())
     )
     if metric is not None and head.code_type == "sign":
-        training.learn_codes(metric, int(CODE_SHARE * steps))
+        training.learn_codes(metric, int(CODE_SHARE * steps), frozen_bits)
     if learning_rate is None:
         first = training.history[0][1]
         learning_rate = min(MOST_RATE, RATE * math.sqrt(max(first, 0.0) / head.num_codebooks))
     training.train_codebook(learning_rate)
     head.load_state_dict(training.best)
-    if state_file is not None:
+    if state_file is not None and not keep_state:
         state_file.unlink(missing_ok=True)
     history = training.history
     return Distillation(history[-1][0], history[0][1], training.best_kl, history, training.stopped)
@@ -177,19 +181,20 @@ class _Training:
         self._adam = state["adam"]
         self._notify(*self.history[-1])
 
-    def learn_codes(self, metric: TokenMetric, steps: int) -> None:
+    def learn_codes(self, metric: TokenMetric, steps: int, frozen_bits: int) -> None:
         """Majorise-minimise; codes that made it worse are taken back, and the next move less.
 
         Args:
             metric: of the fit.
             steps: at most; fewer where no move however small helps.
+            frozen_bits: bits of each code, the first ones, that stay.
         """
         head = self._head
         while self._code_steps_made < steps and self._damping <= MOST_DAMPING:
             first, last = self._code_steps_made, min(self._code_steps_made + CODE_STEPS, steps)
             hidden = self._advancing(first, last)
             slope = slope_of_divergence(head, metric, self._teacher, hidden)
-            move_codes(head, metric, slope, self._damping)
+            move_codes(head, metric, slope, self._damping, frozen_bits)
             if not self._judge(last):
                 head.load_state_dict(self.best)
                 self._damping *= 2

@@ -15,10 +15,15 @@ from .errors import ConversionError
 
 
 def fingerprint(
-    head: VQLogitsHead, blocks: Tensor, steps: int, seed: int, learning_rate: float | None
+    head: VQLogitsHead,
+    blocks: Tensor,
+    steps: int,
+    seed: int,
+    learning_rate: float | None,
+    frozen_bits: int,
 ) -> str:
     """What tells a run from others: the head it starts from, its text and its options."""
-    digest = hashlib.sha256(repr((steps, seed, learning_rate)).encode())
+    digest = hashlib.sha256(repr((steps, seed, learning_rate, frozen_bits)).encode())
     for tensor in (*head.state_dict().values(), blocks):
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
