@@ -50,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--bits", type=int, help="bits a token (signs)")
     size.add_argument("--bits-per-weight", type=float, help="bits a token over d (signs)")
+    size.add_argument(
+        "--nested",
+        type=_reductions,
+        metavar="SHARE,SHARE",
+        help="several shares to save; the smallest is the size that is written, and it holds the "
+        "others, each of which can be loaded (signs); takes the time of as many conversions",
+    )
     size.add_argument("--num-codebooks", type=int, help="codebooks (residual)")
     size.add_argument("--codebook-size", type=int, help="codewords of a codebook (index codes)")
     p.add_argument(
@@ -110,6 +117,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print the report as JSON")
     p.add_argument("--push-to-hub", metavar="REPO", help="upload the output to this repository")
     return p
+
+
+def _reductions(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"shares must be numbers with commas between them, as in 0.99,0.98; got {text!r}"
+        ) from None
 
 
 def main(argv: list[str] | None = None) -> int:

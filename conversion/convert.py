@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from .distillation_state import check_state_file
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
+from .nested_sizes import check_nested, choose_nested_size
+from .nesting import nested_heads
 from .quantise import LADDER, REREADINGS, Quantiser
 from .report import ConversionReport
 from .sizes import HeadSize, check_size_options, choose_size
@@ -50,6 +53,7 @@ def convert_to_vq(
     param_reduction: float | None = None,
     bits: int | None = None,
     bits_per_weight: float | None = None,
+    nested: Sequence[float] | None = None,
     num_codebooks: int | None = None,
     codebook_size: int | None = None,
     fine_share: float | None = None,
@@ -84,6 +88,9 @@ def convert_to_vq(
         param_reduction: share of the V d parameters to save; default 0.98.
         bits: R, bits a token, instead (signs).
         bits_per_weight: R / d instead (signs).
+        nested: several `param_reduction` instead, of which the smallest is the size that holds the
+            others: each is loaded by its `num_codebooks` (signs, not with `embeddings` `"tied"`).
+            Each is fitted and distilled, in the time of as many conversions.
         num_codebooks: G (index codes).
         codebook_size: K (index codes).
         fine_share: share of the tokens that have a second code, those that count most (signs);
@@ -98,7 +105,8 @@ def convert_to_vq(
         distill_steps: steps, of about a thousand positions each, of training codes and codebook
             towards the dense layer; default 256 for signs where the text is long enough, else 0.
         distill_state: file that keeps the state of the distillation, so that the same call goes on
-            after an interrupt; removed at the end.
+            after an interrupt; removed at the end. With `nested` one for each size, of this name
+            with the size's bits behind it.
         embeddings: `"keep"`: the input embedding stays as it is; `"vq"`: it gets sign codes and a
             codebook of its own; `"tied"`: it takes those of the output layer, in models whose two
             sides are one table.
@@ -129,6 +137,9 @@ def convert_to_vq(
         "codebook_size": codebook_size,
         "fine_share": fine_share,
     }
+    if nested is not None:
+        given = {name: value for name, value in sizes.items() if name != "fine_share"}
+        check_nested(nested, method, embeddings, ladder=ladder, **given)
     check_size_options(method, **sizes)
     _check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
     if calibration_tokens is not None:
@@ -146,7 +157,11 @@ def convert_to_vq(
     )
     parts = take_apart(source.model)
     vocab_size, hidden_size = parts.weight.shape
-    size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
+    shape = {"vocab_size": vocab_size, "hidden_size": hidden_size}
+    if nested is None:
+        size = choose_size(method, **shape, **sizes)
+    else:
+        size = choose_nested_size(nested, **shape, fine_share=fine_share)
     steps = _ladder_sizes(vocab_size, hidden_size, fine_share) if ladder else []
     check_embeddings(embeddings, parts)
     embedding_bits = choose_embedding_bits(embeddings, parts, size, embedding_bits)
@@ -166,11 +181,16 @@ def convert_to_vq(
     distill_steps = _steps(distill_steps, method, corpus)
     with quantiser.timed("calibration"):
         statistics = quantiser.calibrate(keep_states=distill_steps > 0)
-    with quantiser.timed("fit"):
-        head, rungs = _fit(quantiser, method, size, steps, statistics)
-    if distill_steps:
-        with quantiser.timed("distillation"):
-            quantiser.distill(head, distill_steps, statistics, state_file=state_file)
+    if nested is not None:
+        options: dict[str, Any] = {"distill_steps": distill_steps, "state_file": state_file}
+        rungs = nested_heads(quantiser, size, statistics, **options)
+        head = rungs.pop(size)
+    else:
+        with quantiser.timed("fit"):
+            head, rungs = _fit(quantiser, method, size, steps, statistics)
+        if distill_steps:
+            with quantiser.timed("distillation"):
+                quantiser.distill(head, distill_steps, statistics, state_file=state_file)
     embedding = None
     if embedding_bits is not None:
         with quantiser.timed("input embedding"):

@@ -99,23 +99,27 @@ class Quantiser:
             self.states = states
         return accumulator.finish()
 
-    def sign_heads(
-        self, sizes: list[HeadSize], statistics: CalibrationStatistics
-    ) -> dict[HeadSize, VQLogitsHead]:
-        """Sign-coded heads of several sizes, each refined on its own from one greedy prefix."""
-        fitter = SignFitter(
+    def sign_fitter(self, statistics: CalibrationStatistics) -> SignFitter:
+        """What fits sign codes to the output layer."""
+        return SignFitter(
             self.parts.weight,
             statistics,
             bias=self.parts.bias,
             seed=self.seed,
             progress=self.progress,
         )
+
+    def sign_heads(
+        self, sizes: list[HeadSize], statistics: CalibrationStatistics
+    ) -> dict[HeadSize, VQLogitsHead]:
+        """Sign-coded heads of several sizes, each refined on its own from one greedy prefix."""
+        fitter = self.sign_fitter(statistics)
         fitter.greedy(max(size.num_codebooks for size in sizes))
         heads = {}
         for size in sizes:
             fit = fitter.fit(size.num_codebooks, size.num_fine_tokens)
             self.details[f"signs {size.num_codebooks}"] = fit.details
-            heads[size] = self._head(size, statistics, fit)
+            heads[size] = self.head_of(size, statistics, fit)
         return heads
 
     def index_head(
@@ -133,7 +137,7 @@ class Quantiser:
             progress=self.progress,
         )
         self.details[method] = fit.details
-        return self._head(size, statistics, fit)
+        return self.head_of(size, statistics, fit)
 
     def distill(
         self,
@@ -141,7 +145,10 @@ class Quantiser:
         steps: int,
         statistics: CalibrationStatistics,
         *,
+        frozen_bits: int = 0,
         state_file: Path | None = None,
+        keep_state: bool = False,
+        name: str = "distillation",
     ) -> None:
         """Train the head's codes and codebook towards the dense layer.
 
@@ -149,7 +156,10 @@ class Quantiser:
             head: in place.
             steps: of about a thousand positions each.
             statistics: of the calibration text.
+            frozen_bits: bits of each code, the first ones, that stay.
             state_file: where an interrupted run is kept.
+            keep_state: leave it there at the end.
+            name: in `details`.
         """
         parts = self.parts
         states = self.states or KeptStates(parts.backbone, self.corpus.calibration)
@@ -173,12 +183,14 @@ class Quantiser:
                 teacher=_teacher(parts),
                 steps=steps,
                 metric=metric,
+                frozen_bits=frozen_bits,
                 seed=self.seed,
                 state_file=state_file,
+                keep_state=keep_state,
                 notify=notify,
                 advance=advance,
             )
-        self.details["distillation"] = vars(done)
+        self.details[name] = vars(done)
 
     def embedding(self, mode: str, head: VQLogitsHead, bits: int) -> VQEmbedding:
         """The quantised input embedding.
@@ -216,10 +228,12 @@ class Quantiser:
             num_codebooks=size.num_codebooks,
             codebook_size=size.codebook_size,
             num_fine_tokens=size.num_fine_tokens,
+            nested_codebooks=size.nested_codebooks,
             **fields,
         )
 
-    def _head(self, size: HeadSize, statistics: CalibrationStatistics, fit: Any) -> VQLogitsHead:
+    def head_of(self, size: HeadSize, statistics: CalibrationStatistics, fit: Any) -> VQLogitsHead:
+        """The head of a fit; it has to be given the smaller ones that its size holds."""
         with torch.device("meta"):  # no random tensors that are replaced at once
             head = VQLogitsHead(self.config(size))
         device = self.parts.weight.device

@@ -3,6 +3,7 @@
 import json
 import os
 import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ class LadderRung:
 
 
 @dataclass
+class NestedRung(LadderRung):
+    """One size of a checkpoint that holds several; `bytes` are those that loading it reads.
+
+    Attributes:
+        num_codebooks: R, by which it is loaded.
+    """
+
+    num_codebooks: int
+
+
+@dataclass
 class ConversionReport:
     """Figures of a conversion. Bytes are counted, times are seconds, perplexity is by token.
 
@@ -47,7 +59,8 @@ class ConversionReport:
         bits_per_weight: that over d.
         param_reduction: 1 - floats of codebook and biases / (V d), as the paper counts.
         head_before: `parameters` and `bytes` of the dense output layer.
-        head_after: `parameters`, `bytes`, and of these `codes_bytes` and `codebook_bytes`.
+        head_after: `parameters`, `bytes`, and of these `codes_bytes`, `codebook_bytes`, and
+            `nested_bytes` of the codebooks of smaller heads inside.
         model_parameters: `before` and `after`, of the whole model; codes are none.
         model_bytes: `before` and `after`, of all that a checkpoint stores.
         embeddings: what became of the input embedding: `"keep"`, `"vq"` or `"tied"`.
@@ -66,6 +79,7 @@ class ConversionReport:
         fit: what the method tells of itself.
         seconds: time of each step.
         ladder: sizes compared, with `--ladder`.
+        nested: sizes that the output layer holds, with `--nested`; the last one is the whole.
         versions: of Python and packages.
         machine: processor or GPU, and threads.
         seed: of everything random.
@@ -105,6 +119,7 @@ class ConversionReport:
     fit: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     ladder: list[LadderRung] = field(default_factory=list)
+    nested: list[NestedRung] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -146,6 +161,7 @@ class ConversionReport:
                 f"{megabytes(after['bytes'])} "
                 f"({ratio(before['bytes'], after['bytes'], 'smaller', 'larger')})",
             ),
+            *self._nested_rows(),
             *self._embedding_rows(),
             (
                 "whole model, parameters",
@@ -189,6 +205,12 @@ class ConversionReport:
             )
         return rows
 
+    def _nested_rows(self) -> list[tuple[str, str, str]]:
+        if not self.nested:
+            return []
+        size = megabytes(self.head_after["nested_bytes"])
+        return [("of these, codebooks of smaller sizes", "", size)]
+
     def _embedding_rows(self) -> list[tuple[str, str, str]]:
         before, after = self.embedding_before, self.embedding_after
         if self.embeddings == "keep":
@@ -225,8 +247,11 @@ class ConversionReport:
         if done is None:
             return None
         early = f"; ended early: {done['stopped']}" if done["stopped"] else ""
+        steps = f"{done['steps']:,} steps"
+        if self.nested:
+            steps = f"of each size; of the whole {steps}"
         return (
-            f"{done['steps']:,} steps; divergence from the dense layer {done['kl_before']:.3g} -> "
+            f"{steps}; divergence from the dense layer {done['kl_before']:.3g} -> "
             f"{done['kl_after']:.3g} nats a token, on text kept out of it{early}"
         )
 
@@ -236,6 +261,9 @@ class ConversionReport:
             codes = f"sign, R = {self.num_codebooks:,}"
             if self.num_fine_tokens:
                 codes += f", a second code for {self.num_fine_tokens:,} tokens"
+            if self.nested:
+                inside = ", ".join(f"{rung.num_codebooks:,}" for rung in self.nested[:-1])
+                codes += f"; inside it R = {inside}"
         else:
             codes = f"index, G = {self.num_codebooks:,}, K = {self.codebook_size:,}"
         vocabulary = f"V = {self.vocab_size:,}, d = {self.hidden_size:,}"
@@ -271,18 +299,29 @@ class ConversionReport:
         for name, value in self.facts():
             console.print(f"[bold]{name}[/bold]: {value}", highlight=False)
         if self.ladder:
-            console.print(self._ladder_table())
+            rungs = [ladder_cells(rung) for rung in self.ladder]
+            console.print(_grid("sizes to choose from", LADDER_COLUMNS, rungs))
+        if self.nested:
+            rungs = [nested_cells(rung) for rung in self.nested]
+            console.print(_grid("sizes inside", NESTED_COLUMNS, rungs))
+            console.print(f"load one of them: {self.loading_of_a_size()}", highlight=False)
         for note in self.notes:
             console.print(f"[yellow]note[/yellow]: {note}", highlight=False)
 
-    def _ladder_table(self) -> Table:
-        table = Table(title="sizes to choose from", title_justify="left")
-        for name in LADDER_COLUMNS:
-            header = textwrap.fill(name, 7, break_long_words=False)  # within 80 columns
-            table.add_column(header, justify="right", overflow="fold")
-        for rung in self.ladder:
-            table.add_row(*ladder_cells(rung))
-        return table
+    def loading_of_a_size(self) -> str:
+        """A call that loads the smallest size inside."""
+        name, bits = last_part(self.output or "model"), self.nested[0].num_codebooks
+        return f'AutoModelForCausalLM.from_pretrained("{name}", num_codebooks={bits})'
+
+
+def _grid(title: str, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        header = textwrap.fill(name, 7, break_long_words=False)  # within 80 columns
+        table.add_column(header, justify="right", overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    return table
 
 
 LADDER_COLUMNS = (
@@ -309,6 +348,24 @@ def ladder_cells(rung: LadderRung) -> tuple[str, ...]:
         f"{rung.greedy_agreement:.1%}",
         milliseconds(rung.logit_seconds),
     )
+
+
+NESTED_COLUMNS = (
+    "R",
+    "saved",
+    "bits a token",
+    "bytes loaded",
+    "perplexity",
+    "factor",
+    "same token",
+    "one row",
+)
+
+
+def nested_cells(rung: NestedRung) -> tuple[str, ...]:
+    """A size as text, in the order of `NESTED_COLUMNS`."""
+    saved, bits, _, size, *judged = ladder_cells(rung)
+    return (f"{rung.num_codebooks:,}", saved, bits, size, *judged)
 
 
 def last_part(path: str) -> str:
