@@ -181,6 +181,17 @@ def test_memory_grows_neither_with_the_text_nor_with_vocabulary_times_bits(monke
     assert vocab * size <= fit.elements < vocab * bits
 
 
+def test_nested_fits_take_no_more_memory(monkeypatch):
+    monkeypatch.setattr(signs, "ALTERNATIONS", 1)
+    vocab, size, bits = 20_000, 32, 100
+    weight, bias, statistics = problem(vocab=vocab, size=size)
+    fitter = SignFitter(weight, statistics, bias=bias)
+    small = fitter.fit(bits)
+    with LargestFloats() as fit:
+        fitter.fit(2 * bits, inside=small)
+    assert vocab * size <= fit.elements < vocab * bits
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_fit_on_a_gpu_is_as_good_as_on_the_processor():
