@@ -1,8 +1,9 @@
 """Heads of several sizes, each made around the finished smaller one.
 
 Ascending: a size is fitted and distilled, then its bits are frozen, and the next one adds bits to
-them. The codebook is solved for, and trained, at every size anew. So the time is that of a
-conversion to each of the sizes, and the smaller ones are as good as if made alone.
+them. The codebook is solved for, and trained, at every size anew. So the time is about that of a
+conversion to each of the sizes. The smallest is what it would be alone, and on SmolLM2-135M the
+fits of 98 and 96% around it were as good as well (docs/fitting.md).
 """
 
 from pathlib import Path
