@@ -24,10 +24,11 @@ from hf_vqlogits.conversion.convert import DISTILL_STEPS
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import choose_size
 from hf_vqlogits.conversion.source import Source
-from hf_vqlogits.conversion.streaming import hidden_states
 
+from .models import dense_model
 from .protocol import Case, load_case
 from .record import record, write
+from .training import first_tokens, judge
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 COMMANDS = {
@@ -49,27 +50,15 @@ SCHEDULE = {
 def perplexities(folder: Path, case: Case, tokens: int) -> dict[str, float]:
     """Perplexity of a saved model on the first so many tokens of every text of the protocol."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found = {}
-    for text, blocks in case.evaluation.items():
-        nats, scored = 0.0, 0
-        some = blocks[: max(1, tokens // (blocks.shape[1] - 1))]
-        for hidden, labels in hidden_states(model.base_model, some):
-            for h, y in zip(hidden.split(1024), labels.split(1024), strict=True):
-                with torch.no_grad():
-                    logits = model.get_output_embeddings()(h).float()
-                nats += float(torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
-            scored += len(labels)
-        found[text] = float(torch.tensor(nats / scored, dtype=torch.float64).exp())
-    return found
+    texts = {text: first_tokens(blocks, tokens) for text, blocks in case.evaluation.items()}
+    return {text: score.perplexity for text, score in judge(model, texts).items()}
 
 
 def prepare(
     case: Case, folder: Path, *, reduction: float, calibration_tokens: int, seed: int
 ) -> dict[str, Path]:
     """Write the dense and the converted model, and the protocol's text."""
-    dense = AutoModelForCausalLM.from_config(case.parts.config)
-    dense.base_model.load_state_dict(case.parts.backbone.state_dict())
-    dense.tie_weights()
+    dense = dense_model(case.parts)
     dense.save_pretrained(folder / "dense")
     case.tokenizer.save_pretrained(folder / "dense")
     corpus = case.corpus()
@@ -86,7 +75,7 @@ def prepare(
     head = quantiser.sign_heads([size], statistics)[size]
     quantiser.distill(head, DISTILL_STEPS, statistics)
     source = Source(case.name, dense.eval(), case.tokenizer, {})
-    report = assess(quantiser, source, size, head, method="signs", rungs={})
+    report = assess(quantiser, source, statistics, size, head, method="signs", rungs={})
     (folder / "vq").mkdir()
     write_checkpoint(folder / "vq", report.model, source)
     for name, rows in (("train", case.calibration), ("eval", corpus.evaluation)):

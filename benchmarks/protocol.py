@@ -81,6 +81,7 @@ def load_case(name: str, data: Path, models: Path, *, quick: bool = False) -> Ca
         source = load_source(models / name, dtype=torch.float32)
         context = 256
     parts, tokenizer = take_apart(source.model), source.tokenizer
+    assert tokenizer is not None  # both models bring one
     novels = data / "novels"
     calibration = [
         tokenize(load_text(str(path)), tokenizer, NOVEL_TOKENS // 4 // share)

@@ -15,6 +15,7 @@ from hf_vqlogits.conversion.convert import DISTILL_STEPS
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize, choose_size
 
+from .models import fit_head
 from .protocol import MODELS, Case, load_case
 from .record import record, score_of, write
 
@@ -39,10 +40,7 @@ def measure(case: Case, *, seed: int, distill_steps: int) -> list[dict[str, Any]
             method, vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction
         )
         start = time.perf_counter()
-        if method == "signs":
-            head = quantiser.sign_heads([size], statistics)[size]
-        else:
-            head = quantiser.index_head(size, method, statistics)
+        head = fit_head(quantiser, method, size, statistics)
         name = f"{method} {reduction:.1%}"
         heads[name], sizes[name] = head, size
         seconds[name] = time.perf_counter() - start

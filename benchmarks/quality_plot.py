@@ -1,18 +1,14 @@
 """The plot of perplexity factor against bytes, a panel a model."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .factor_axis import factor_axis, height
 from .peers.catalogue import FAMILIES, OURS
 
-# The axis is log(factor), nats a token, on a logarithmic scale: factors of 1.001 and 100 are both
-# legible. What is nearer to 1 than the first tick stands on the floor.
-TICKS = (1.001, 1.003, 1.01, 1.03, 1.1, 1.3, 2, 5, 20, 100, 1000)
-FLOOR = 1.0005
 MARKERS = "osD^vP*X<>hpd8H"
 SIZES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # MB
 
@@ -33,9 +29,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _panel(panel: Any, rows: list[dict[str, Any]]) -> None:
-    def height(factor: float) -> float:
-        return math.log(max(factor, FLOOR))
-
     for index, peer in enumerate(FAMILIES):
         points = sorted(
             (row["bytes"] / 1e6, height(row["factor"]))
@@ -54,10 +47,7 @@ def _panel(panel: Any, rows: list[dict[str, Any]]) -> None:
             zorder=3 if ours else 2,
         )
     panel.set_xscale("log")
-    panel.set_yscale("log")
     panel.set_xticks(SIZES, [f"{size:g}" for size in SIZES])
-    panel.set_yticks([height(factor) for factor in TICKS], [f"x{factor:g}" for factor in TICKS])
-    panel.minorticks_off()
-    panel.axhline(height(FLOOR), color="grey", linewidth=0.5)
+    factor_axis(panel)
     panel.grid(alpha=0.3)
     panel.set_xlabel("bytes of the output layer, MB")

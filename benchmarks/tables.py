@@ -87,6 +87,51 @@ def finetuning() -> str:
     return table(header, rows)
 
 
+def finetuned() -> str:
+    """Factors against the dense model fine-tuned equally; nothing where they are not measured."""
+    if not (RESULTS / "finetuned.json").exists():
+        return ""
+    found = results("finetuned")
+    rows = found["rows"]
+    texts = list(rows[0]["texts"])
+    header = (
+        "head | learning rate | not fine-tuned | factor, mean | least to most | "
+        f"{' / '.join(texts)} | same greedy token as the dense model, tuned | untuned"
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield finetuned_name(row)
+        yield f"{row['learning_rate']:g}"
+        yield times(row["untuned"]["factor"])
+        yield f"**{times(row['factor']['mean'])}**"
+        yield " to ".join(times(row["factor"][end]) for end in ("least", "most"))
+        figures = [row["texts"][text] for text in texts]
+        if row["method"] is None:
+            perplexity = (f"{one['perplexity']['mean']:.2f}" for one in figures)
+            yield f"perplexity {' / '.join(perplexity)}"
+        else:
+            yield " / ".join(times(one["factor"]["mean"]) for one in figures)
+        for kind in ("agreement_tuned_dense", "agreement_untuned_dense"):
+            yield " / ".join(f"{one[kind]['mean']:.1%}" for one in figures)
+
+    bounds = [
+        f"No perplexity of {finetuned_name(row)} can be below "
+        + " / ".join(f"{row['perplexity_bound'][text]:.1f}" for text in texts)
+        + ".\n"
+        for row in rows
+        if "perplexity_bound" in row
+    ]
+    return table(header, map(cells, rows)) + "".join(f"\n{bound}" for bound in bounds)
+
+
+def finetuned_name(row: dict[str, Any]) -> str:
+    """Of a row, for readers."""
+    if row["method"] is None:
+        return "dense"
+    tied = ["input tied"] if row["embeddings"] == "tied" else []
+    return ", ".join([HEADS[row["method"]], f"{row['reduction']:.0%}", *tied])
+
+
 def speed() -> str:
     """Time of the logits beside dense layers."""
     header = (
@@ -110,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality smollm2": lambda: quality("smollm2"),
     "quality gpt2-novels": lambda: quality("gpt2-novels"),
     "finetuning": finetuning,
+    "finetuned": finetuned,
     "speed": speed,
 }
 

@@ -9,8 +9,10 @@ from torch import Tensor
 from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.embedding import VQEmbedding
 
+from .calibration import CalibrationStatistics
 from .codebooks import perplexity_bound
 from .comparison import HeadScore, Logits, compare_heads, judge_model
+from .coverage import EVALUATION_TEXT, OWN_TEXT, CoverageMeter, TextCoverage, warnings_of
 from .environment import machine, versions
 from .families import assemble
 from .quantise import Quantiser
@@ -27,6 +29,7 @@ HEAD_ALONE = "head alone"
 def assess(
     quantiser: Quantiser,
     source: Source,
+    statistics: CalibrationStatistics,
     size: HeadSize,
     head: VQLogitsHead,
     embedding: VQEmbedding | None = None,
@@ -40,6 +43,7 @@ def assess(
     Args:
         quantiser: that made the heads.
         source: the original.
+        statistics: of the calibration text.
         size: of the head.
         head: the chosen head; it is put into the type of the original's output layer.
         embedding: the quantised input embedding, likewise; None where the dense one stays.
@@ -63,9 +67,15 @@ def assess(
         input_tensors = [*embedding.state_dict(keep_vars=True).values()]
     if embeddings == "vq" and embedding is not None:
         fields["embedding_codebooks"] = embedding.num_codebooks
+    meter = CoverageMeter(statistics, corpus.calibration)
+    coverage: dict[str, TextCoverage] = {}
     with quantiser.timed("evaluation"):
         # With a quantised embedding the sizes inside are judged behind that, below.
-        scores = _scores(quantiser, head, rungs if embedding is None else {})
+        alone = rungs if embedding is None else {}
+        scores = _scores(quantiser, head, alone, meter, coverage)
+        if corpus.own is not None:
+            own = hidden_states(parts.backbone, corpus.own, skip=corpus.own_unscored)
+            coverage |= meter.measure(own, OWN_TEXT)
     model = assemble(parts, quantiser.config(size, **fields), head, embedding)
     model.generation_config = source.model.generation_config
     with quantiser.timed("evaluation"):
@@ -137,7 +147,9 @@ def assess(
         versions=versions(),
         machine=machine(parts.weight.device),
         seed=quantiser.seed,
-        notes=_notes(quantiser, head, embeddings),
+        coverage=coverage,
+        likely_vocabulary=meter.likely_vocabulary,
+        notes=[*warnings_of(coverage), *_notes(quantiser, head, embeddings)],
         model=model,
     )
     if size.code_type == "index" and size.num_codebooks == 1:
@@ -161,22 +173,27 @@ def assess(
 
 
 def _scores(
-    quantiser: Quantiser, head: VQLogitsHead, rungs: dict[HeadSize, VQLogitsHead]
+    quantiser: Quantiser,
+    head: VQLogitsHead,
+    rungs: dict[HeadSize, VQLogitsHead],
+    meter: CoverageMeter,
+    coverage: dict[str, TextCoverage],
 ) -> dict[str, HeadScore]:
     heads = {QUANTISED: head, **{str(s): h for s, h in rungs.items()}}
     return compare_heads(
-        _batches(quantiser),
-        _in_own_type(quantiser, quantiser.parts.logits),
-        {name: _in_own_type(quantiser, h) for name, h in heads.items()},
+        meter.watch(evaluation_batches(quantiser), coverage, EVALUATION_TEXT),
+        in_own_type(quantiser, quantiser.parts.logits),
+        {name: in_own_type(quantiser, h) for name, h in heads.items()},
     )
 
 
 def _converted_score(quantiser: Quantiser, head: VQLogitsHead, dense: HeadScore) -> HeadScore:
     """Score of the head on the hidden states of the backbone with its quantised embedding."""
-    return judge_model(_batches(quantiser), _in_own_type(quantiser, head), dense.choices)
+    return judge_model(evaluation_batches(quantiser), in_own_type(quantiser, head), dense.choices)
 
 
-def _batches(quantiser: Quantiser) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(quantiser: Quantiser) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states (n, d) of the evaluation text and the tokens that follow (n,), in batches."""
     return hidden_states(
         quantiser.parts.backbone,
         quantiser.corpus.evaluation,
@@ -185,7 +202,8 @@ def _batches(quantiser: Quantiser) -> Iterator[tuple[Tensor, Tensor]]:
     )
 
 
-def _in_own_type(quantiser: Quantiser, layer: Logits) -> Logits:
+def in_own_type(quantiser: Quantiser, layer: Logits) -> Logits:
+    """The layer on hidden states in the type of the original's output weights."""
     dtype = quantiser.parts.weight.dtype
     return lambda hidden: layer(hidden.to(dtype))
 

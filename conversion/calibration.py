@@ -13,15 +13,17 @@ mean hidden state under those weights, the token's context. Both are V-sized; no
 holds N x V or N x d for a whole text.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .precision import product_dtype
-from .redrawing import draw_tokens
 
 CHUNK_BYTES = 128 << 20  # of the logits of a chunk; each adds a V x d product to the contexts
+
+Watch = Callable[[Tensor], object]
 
 
 @dataclass
@@ -139,38 +141,25 @@ class StatisticsAccumulator:
         self._probability = torch.zeros(vocab_size, dtype=torch.float64, device=device)
         self._context = torch.zeros(vocab_size, size, device=device)
 
-    def update(self, hidden: Tensor) -> None:
+    @torch.no_grad()
+    def update(self, hidden: Tensor, watch: Watch | None = None) -> None:
         """Add hidden states (n, d).
-
-        Raises:
-            ValueError: wrong shape, or values that are not finite.
-        """
-        self._update(hidden, None)
-
-    def update_and_draw(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
-        """Add hidden states (n, d), and draw a token after each.
 
         Args:
             hidden: hidden states.
-            generator: on the CPU.
-
-        Returns:
-            (n,) int64, drawn from the model's own distributions.
+            watch: called with the model's distributions after them (m, V), some rows a time and in
+                order; they are overwritten when it returns.
 
         Raises:
             ValueError: wrong shape, or values that are not finite.
         """
-        return self._update(hidden, generator)
-
-    @torch.no_grad()
-    def _update(self, hidden: Tensor, draw: torch.Generator | None) -> Tensor:
         size = self._weight.shape[1]
         if hidden.dim() != 2 or hidden.shape[1] != size:
             raise ValueError(
                 f"`hidden` must be (n, {size}) like `weight`, got shape {tuple(hidden.shape)}."
             )
         if not len(hidden):
-            return hidden.new_empty(0, dtype=torch.long)
+            return
         hidden = hidden.detach().to(self._weight.device, torch.float32)
         if not torch.isfinite(hidden).all():
             raise ValueError(
@@ -182,7 +171,8 @@ class StatisticsAccumulator:
         self._positions += len(hidden)
         self._sum += centred.sum(0)
         self._products += centred.T @ centred
-        return torch.cat([self._add_tokens(rows, draw) for rows in hidden.split(self._rows)])
+        for rows in hidden.split(self._rows):
+            self._add_tokens(rows, self._origin.float(), watch)
 
     def finish(self) -> CalibrationStatistics:
         """The statistics of everything added so far.
@@ -208,8 +198,7 @@ class StatisticsAccumulator:
             shift_invariant=self._cap is None,
         )
 
-    def _add_tokens(self, rows: Tensor, draw: torch.Generator | None) -> Tensor:
-        assert self._origin is not None
+    def _add_tokens(self, rows: Tensor, origin: Tensor, watch: Watch | None) -> None:
         logits = (rows.to(self._weight.dtype) @ self._weight.T).float()  # (n, V)
         if self._bias is not None:
             logits += self._bias
@@ -220,12 +209,12 @@ class StatisticsAccumulator:
             slope = 1 - bounded.square()
             logits = bounded * self._cap
         weights = torch.softmax(logits, -1, out=logits)
-        drawn = torch.empty(0) if draw is None else draw_tokens(weights, draw)
+        if watch is not None:
+            watch(weights)
         self._probability += weights.sum(0)
         weights.addcmul_(weights, weights, value=-1)  # p (1 - p)
         if slope is not None:
             weights *= slope.square_()
         self._fisher += weights.sum(0)
-        centred = (rows - self._origin.float()).to(self._weight.dtype)
+        centred = (rows - origin).to(self._weight.dtype)
         self._context += weights.to(self._weight.dtype).T @ centred
-        return drawn

@@ -6,10 +6,12 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from .report import (
+    CANDIDATE_COLUMNS,
     LADDER_COLUMNS,
     NESTED_COLUMNS,
     ConversionReport,
     LadderRung,
+    candidate_cells,
     ladder_cells,
     last_part,
     nested_cells,
@@ -38,7 +40,7 @@ tokenizer = AutoTokenizer.from_pretrained("{title}")
 ![before and after]({plot})
 
 {facts}
-{nested}{ladder}{notes}
+{nested}{sizes}{notes}
 All figures and the versions behind them are in `vq_report.json`.
 """
 NESTED = """
@@ -56,10 +58,14 @@ and saves as a checkpoint of its own.
 
 def model_card(report: ConversionReport) -> str:
     """The card as Markdown."""
-    ladder = ""
+    sizes = ""
     if report.ladder:
         cells = [ladder_cells(rung) for rung in report.ladder]
-        ladder = f"\nSizes that were compared:\n\n{_table(LADDER_COLUMNS, cells)}\n"
+        sizes = f"\nSizes that were compared:\n\n{_table(LADDER_COLUMNS, cells)}\n"
+    if report.candidates:
+        cells = [candidate_cells(candidate) for candidate in report.candidates]
+        table = _table(CANDIDATE_COLUMNS, cells)
+        sizes += f"\n{report.search_title.capitalize()}:\n\n{table}\n"
     nested = ""
     if report.nested:
         cells = [nested_cells(rung) for rung in report.nested]
@@ -74,6 +80,11 @@ def model_card(report: ConversionReport) -> str:
     training = "without training"
     if report.distillation is not None:
         training = f"with the output layer alone trained by distillation ({report.distillation})"
+    if report.end_to_end is not None:
+        training = (
+            "with output layer and input embedding trained by end-to-end distillation "
+            f"({report.end_to_end})"
+        )
     replaced = "output layer replaced by a vector-quantised one"
     if report.embeddings != "keep":
         replaced = "output layer and input embedding replaced by vector-quantised ones"
@@ -88,7 +99,7 @@ def model_card(report: ConversionReport) -> str:
         plot=PLOT_FILE,
         facts="".join(f"- {name}: {value}\n" for name, value in report.facts()),
         nested=nested,
-        ladder=ladder,
+        sizes=sizes,
         notes=f"\nNotes:\n\n{notes}" if notes else "",
     )
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from hf_vqlogits.configuration_vqlogits import EMBEDDINGS
 
-from .convert import DISTILL_STEPS, convert_to_vq
+from .convert import DISTILL_STEPS, INPUT_DISTILL_STEPS, convert_to_vq
 from .corpus import CALIBRATION_TOKENS, SELF_TOKENS
 from .errors import ConversionError
 from .quantise import REREADINGS
@@ -50,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--bits", type=int, help="bits a token (signs)")
     size.add_argument("--bits-per-weight", type=float, help="bits a token over d (signs)")
+    size.add_argument(
+        "--max-perplexity-increase",
+        metavar="SHARE",
+        type=float,
+        help="the smallest head that raises the perplexity by at most this share, 0.02 for 2%% "
+        "(signs)",
+    )
     size.add_argument(
         "--nested",
         type=_reductions,
@@ -108,6 +115,12 @@ def parser() -> argparse.ArgumentParser:
         "--embedding-bits",
         type=int,
         help="bits a token of the input embedding (vq); default: those of the output layer",
+    )
+    p.add_argument(
+        "--input-distill-steps",
+        type=int,
+        help="steps, of about 1,000 tokens, of training the codebooks of both sides through the "
+        f"body (vq, tied); default {INPUT_DISTILL_STEPS} for signs, else 0",
     )
     p.add_argument("--ladder", action="store_true", help="compare fits at 99.5, 99, 98 and 96%%")
     p.add_argument("--device", help="default: a GPU when there is one")

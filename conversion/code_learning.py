@@ -78,7 +78,7 @@ def slope_of_divergence(
         for h in part.split(size):
             scores = eager.scores(h, words, biases, scale=head.score_scale)
             z = head.postprocess((scores.to(dtype) @ levels.T).float())
-            inner = _slope_of_postprocess(head, z)
+            inner = slope_of_postprocess(head, z)
             q = torch.softmax(z, -1)
             slope.curvature += torch.addcmul(q, q, q, value=-1).mul_(inner.square()).sum(0)
             q -= torch.softmax(teacher(h), -1, dtype=torch.float32)
@@ -109,7 +109,7 @@ def slope_in_scores(
     size = max(1, CHUNK_BYTES // (4 * len(levels)))
     for s, h in zip(scores.split(size), hidden.split(size), strict=True):
         z = head.postprocess((s.to(levels.dtype) @ levels.T).float())
-        inner = _slope_of_postprocess(head, z)
+        inner = slope_of_postprocess(head, z)
         z = torch.softmax(z, -1).sub_(torch.softmax(teacher(h), -1)).mul_(inner)
         parts.append((z.to(levels.dtype) @ levels).float())
     return torch.cat(parts)
@@ -172,7 +172,7 @@ def whitened_codebook(head: VQLogitsHead, metric: TokenMetric) -> Tensor:
     return metric.whitened_form(head.score_scale * words, head.score_scale * biases)
 
 
-def _slope_of_postprocess(head: VQLogitsHead, logits: Tensor) -> Tensor:
+def slope_of_postprocess(head: VQLogitsHead, logits: Tensor) -> Tensor:
     """Derivative of the logits in what the codes sum to, by the family's scale and soft-cap."""
     scale = logits.new_tensor(head.logit_scale)
     if head.final_logit_softcapping is None:

@@ -24,16 +24,18 @@ from .checkpoint import (
     whole_or_nothing,
     write_checkpoint,
 )
+from .choice import check_choice, sizes_to_choose_from
 from .corpus import Corpus, prepare_corpus
-from .distillation import check_length, long_enough
 from .distillation_state import check_state_file
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
+from .held_out import check_length, long_enough
 from .nested_sizes import check_nested, choose_nested_size
-from .nesting import nested_heads
+from .nesting import nested_heads, state_files
 from .quantise import LADDER, REREADINGS, Quantiser
 from .report import ConversionReport
+from .selection import select_head
 from .sizes import HeadSize, check_size_options, choose_size
 from .source import Source, load_source
 
@@ -41,6 +43,7 @@ LAST_SEED = 2**31 - 1  # the largest that every library here takes
 
 
 DISTILL_STEPS = 256  # some five minutes for SmolLM2-135M on two cores
+INPUT_DISTILL_STEPS = 128  # likewise
 
 
 def convert_to_vq(
@@ -53,6 +56,7 @@ def convert_to_vq(
     param_reduction: float | None = None,
     bits: int | None = None,
     bits_per_weight: float | None = None,
+    max_perplexity_increase: float | None = None,
     nested: Sequence[float] | None = None,
     num_codebooks: int | None = None,
     codebook_size: int | None = None,
@@ -65,6 +69,7 @@ def convert_to_vq(
     distill_state: str | os.PathLike[str] | None = None,
     embeddings: str = "keep",
     embedding_bits: int | None = None,
+    input_distill_steps: int | None = None,
     ladder: bool = False,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -88,9 +93,14 @@ def convert_to_vq(
         param_reduction: share of the V d parameters to save; default 0.98.
         bits: R, bits a token, instead (signs).
         bits_per_weight: R / d instead (signs).
+        max_perplexity_increase: instead, take the smallest head that raises the perplexity of the
+            evaluation text, after its distillation, by at most this share, 0.02 for 2% (signs,
+            with `embeddings` `"keep"` and without `distill_state`). Several heads are fitted and
+            up to four distilled.
         nested: several `param_reduction` instead, of which the smallest is the size that holds the
             others: each is loaded by its `num_codebooks` (signs, not with `embeddings` `"tied"`).
-            Each is fitted and distilled, in the time of as many conversions.
+            Each is fitted and distilled, in the time of as many conversions; `input_distill_steps`
+            train the input embedding with the largest one.
         num_codebooks: G (index codes).
         codebook_size: K (index codes).
         fine_share: share of the tokens that have a second code, those that count most (signs);
@@ -111,6 +121,9 @@ def convert_to_vq(
             codebook of its own; `"tied"`: it takes those of the output layer, in models whose two
             sides are one table.
         embedding_bits: R of the input embedding, with `"vq"`; default that of the output layer.
+        input_distill_steps: steps, of about a thousand positions each, of training the codebooks
+            of input embedding and output layer together, through the body, with `"vq"` or
+            `"tied"`; default 128 for signs where the text is long enough, else 0.
         ladder: compare 99.5, 99, 98 and 96% on the evaluation text (signs, with `embeddings`
             `"keep"`). It shows the fit alone: `distill_steps` train the head that is written and
             none of these.
@@ -137,18 +150,24 @@ def convert_to_vq(
         "codebook_size": codebook_size,
         "fine_share": fine_share,
     }
+    choosing = {name: value for name, value in sizes.items() if name != "fine_share"}
     if nested is not None:
-        given = {name: value for name, value in sizes.items() if name != "fine_share"}
-        check_nested(nested, method, embeddings, ladder=ladder, **given)
+        increase = {"max_perplexity_increase": max_perplexity_increase}
+        check_nested(nested, method, embeddings, ladder=ladder, **increase, **choosing)
+    if max_perplexity_increase is not None:
+        check_choice(
+            max_perplexity_increase, method, embeddings, state_file, nested=nested, **choosing
+        )
     check_size_options(method, **sizes)
     _check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
+    input_distill_steps = _check_input_steps(input_distill_steps, embeddings)
     if calibration_tokens is not None:
         _check_range("calibration_tokens", calibration_tokens, 1)
     _check_range("rereadings", rereadings, 0)
     if distill_steps is not None:
         _check_range("distill_steps", distill_steps, 0)
     if state_file is not None:
-        check_state_file(state_file, distill_steps)
+        check_state_file(state_file, distill_steps, input_distill_steps)
     _check_range("seed", seed, 0, LAST_SEED)
     if folder is not None:
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
@@ -157,11 +176,20 @@ def convert_to_vq(
     )
     parts = take_apart(source.model)
     vocab_size, hidden_size = parts.weight.shape
-    shape = {"vocab_size": vocab_size, "hidden_size": hidden_size}
-    if nested is None:
-        size = choose_size(method, **shape, **sizes)
+    choices = []
+    if max_perplexity_increase is not None:
+        choices = sizes_to_choose_from(vocab_size, hidden_size, fine_share)
+        size = choices[-1]  # the largest that may be written
+    elif nested is not None:
+        size = choose_nested_size(
+            nested, vocab_size=vocab_size, hidden_size=hidden_size, fine_share=fine_share
+        )
     else:
-        size = choose_nested_size(nested, **shape, fine_share=fine_share)
+        size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
+    files = {} if state_file is None else state_files(size, state_file)
+    if nested is not None:
+        for file in files.values():
+            check_state_file(file, distill_steps, input_distill_steps)
     steps = _ladder_sizes(vocab_size, hidden_size, fine_share) if ladder else []
     check_embeddings(embeddings, parts)
     embedding_bits = choose_embedding_bits(embeddings, parts, size, embedding_bits)
@@ -178,48 +206,91 @@ def convert_to_vq(
         show_progress=progress,
     )
     quantiser = Quantiser(parts, corpus, seed, rereadings=rereadings, show_progress=progress)
-    distill_steps = _steps(distill_steps, method, corpus)
+    input_distill_steps = _steps("input_distill_steps", input_distill_steps, method, corpus)
+    distill_steps = _steps("distill_steps", distill_steps, method, corpus)
     with quantiser.timed("calibration"):
-        statistics = quantiser.calibrate(keep_states=distill_steps > 0)
-    if nested is not None:
-        options: dict[str, Any] = {"distill_steps": distill_steps, "state_file": state_file}
-        rungs = nested_heads(quantiser, size, statistics, **options)
+        statistics = quantiser.calibrate(keep_states=distill_steps + input_distill_steps > 0)
+    selection = None
+    if max_perplexity_increase is not None:
+        selection = select_head(
+            quantiser,
+            statistics,
+            max_perplexity_increase,
+            choices,
+            ladder=steps,
+            distill_steps=distill_steps,
+        )
+        size, head, rungs = selection.size, selection.head, selection.rungs
+    elif nested is not None:
+        rungs = nested_heads(quantiser, size, statistics, distill_steps=distill_steps, files=files)
         head = rungs.pop(size)
     else:
         with quantiser.timed("fit"):
             head, rungs = _fit(quantiser, method, size, steps, statistics)
         if distill_steps:
             with quantiser.timed("distillation"):
-                quantiser.distill(head, distill_steps, statistics, state_file=state_file)
+                quantiser.distill(head, distill_steps, statistics, state_file=files.get(size))
     embedding = None
     if embedding_bits is not None:
         with quantiser.timed("input embedding"):
             embedding = quantiser.embedding(embeddings, head, embedding_bits)
+    if embedding is not None and input_distill_steps:
+        with quantiser.timed("end-to-end distillation"):
+            quantiser.distill_end_to_end(
+                head, embedding, input_distill_steps, state_file=files.get(size)
+            )
     report = assess(
-        quantiser, source, size, head, embedding, method=method, embeddings=embeddings, rungs=rungs
+        quantiser,
+        source,
+        statistics,
+        size,
+        head,
+        embedding,
+        method=method,
+        embeddings=embeddings,
+        rungs=rungs,
     )
+    if selection is not None:
+        selection.tell(report)
     if folder is not None:
         report.output = str(folder)
         # Again: hours have passed, and something may have appeared there.
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
         _write(folder, report, source)
+    for file in files.values():
+        file.unlink(missing_ok=True)
     if push_to_hub is not None:
         _push(folder, push_to_hub)
     return report
 
 
-def _steps(asked: int | None, method: str, corpus: Corpus) -> int:
-    """Steps of the distillation; before the hours that come before it."""
+def _steps(option: str, asked: int | None, method: str, corpus: Corpus) -> int:
+    """Steps of a distillation; before the hours that come before it."""
     if asked is not None:
         if asked:
-            check_length(corpus.calibration)
+            check_length(corpus.calibration, option)
         return asked
     if method != "signs":
         return 0  # codes of these methods are not learnt, and their gradients are slow
     if not long_enough(corpus.calibration):
-        corpus.notes.append("too little calibration text for a distillation: fitted only")
+        note = "too little calibration text for a distillation: fitted only"
+        if note not in corpus.notes:
+            corpus.notes.append(note)
         return 0
-    return DISTILL_STEPS
+    return {"distill_steps": DISTILL_STEPS, "input_distill_steps": INPUT_DISTILL_STEPS}[option]
+
+
+def _check_input_steps(asked: int | None, embeddings: str) -> int | None:
+    if asked is not None:
+        _check_range("input_distill_steps", asked, 0)
+    if embeddings != "keep":
+        return asked
+    if asked:
+        raise ConversionError(
+            f"`input_distill_steps` {asked} trains a quantised input embedding, but `embeddings` "
+            "is 'keep'; use 'vq' or 'tied', or leave it out."
+        )
+    return 0
 
 
 def _ladder_sizes(vocab_size: int, hidden_size: int, fine_share: float | None) -> list[HeadSize]:

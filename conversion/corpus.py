@@ -31,6 +31,10 @@ LIMITS = ("max_position_embeddings", "max_seq_len")  # names of a family's longe
 SELF = "self"
 SELF_TOKENS = 40_000  # what a model can write unasked: a few minutes on two cores
 HELD_OUT = 0.2
+OWN_TOKENS = 2_000  # a look at what the model writes: some ten seconds on two cores
+OWN_CONTEXT = 64
+# What `generate` of models that are made for more than text meets, where it lacks something.
+CANNOT_WRITE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 CHARACTERS = 16  # read for each token wanted; prose has three to six
 
 
@@ -46,6 +50,9 @@ class Corpus:
         notes: what the user should know about the choice.
         unscored: first labels of each evaluation row that are no text: the rest of a prefix of
             several tokens, and the random token that starts a row the model wrote.
+        own: (rows, context + 1), some text that the model wrote, to compare the calibration text
+            with; None where that is such text itself, or the model could not.
+        own_unscored: likewise of `own`.
     """
 
     calibration: Tensor
@@ -54,6 +61,8 @@ class Corpus:
     evaluation_source: str
     notes: list[str]
     unscored: int = 0
+    own: Tensor | None = None
+    own_unscored: int = 0
 
     @property
     def context(self) -> int:
@@ -121,7 +130,10 @@ def prepare_corpus(
         evaluation = _read(source, held_text, EVALUATION_TOKENS, context, prefix, held_name)
     else:
         unscored = len(prefix)
-    return Corpus(calibration, evaluation, shown, held_shown, notes, unscored)
+    own = None if text is None else _sample(source, min(OWN_CONTEXT, context), prefix, seed, notes)
+    return Corpus(
+        calibration, evaluation, shown, held_shown, notes, unscored, own, own_unscored=len(prefix)
+    )
 
 
 def _shown(name: str) -> str:
@@ -204,3 +216,20 @@ def _own_text(
     )
     held = max(1, int(len(rows) * HELD_OUT))
     return rows[:-held], rows[-held:]
+
+
+def _sample(
+    source: Source, context: int, prefix: list[int], seed: int, notes: list[str]
+) -> Tensor | None:
+    """A little of what the model writes by itself; None, and a note, where it cannot."""
+    try:
+        return sample_token_ids(
+            source.model, tokens=OWN_TOKENS, context=context, prefix=prefix, seed=seed
+        )
+    except CANNOT_WRITE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        notes.append(
+            "the calibration text was not compared with what the model writes by itself, as "
+            f"writing failed: {reason}"
+        )
+        return None

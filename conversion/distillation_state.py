@@ -1,44 +1,46 @@
-"""The state of an interrupted distillation, in one file."""
+"""The state of an interrupted distillation, in one file: that of each stage that has begun."""
 
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_vqlogits import VQLogitsHead
-
 from .errors import ConversionError
 
+HEAD, END_TO_END = "head", "end to end"  # the stages
+FORMAT = "stages of a distillation"
 
-def fingerprint(
-    head: VQLogitsHead,
-    blocks: Tensor,
-    steps: int,
-    seed: int,
-    learning_rate: float | None,
-    frozen_bits: int,
-) -> str:
-    """What tells a run from others: the head it starts from, its text and its options."""
-    digest = hashlib.sha256(repr((steps, seed, learning_rate, frozen_bits)).encode())
-    for tensor in (*head.state_dict().values(), blocks):
+
+def fingerprint(tensors: Iterable[Tensor], options: tuple[Any, ...]) -> str:
+    """What tells a run from others: the tensors it starts from, its text and its options."""
+    digest = hashlib.sha256(repr(options).encode())
+    for tensor in tensors:
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def check_state_file(file: Path, steps: int | None) -> None:
+def check_state_file(file: Path, *steps: int | None) -> None:
     """Check, before hours of work, that a state could be written, and that none is overwritten.
+
+    Args:
+        file: of the state.
+        steps: of each stage, as asked for; None for a default.
 
     Raises:
         ConversionError: there are no steps to keep the state of, the folder cannot be written, or
             the file holds something else.
     """
-    if steps == 0:
-        raise ConversionError("`distill_state` keeps a distillation, but `distill_steps` is 0.")
+    if all(asked == 0 for asked in steps):
+        raise ConversionError(
+            f"`distill_state` {str(file)!r} keeps a distillation, but there are no steps to make; "
+            "raise `distill_steps`, or leave it out."
+        )
     folder = file.absolute().parent
     if file.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ConversionError(
@@ -48,17 +50,18 @@ def check_state_file(file: Path, steps: int | None) -> None:
         _read(file)
 
 
-def save_state(file: Path, key: str, state: dict[str, Any]) -> None:
-    """Write the state so that the file is always whole.
+def save_state(file: Path, stage: str, key: str, state: dict[str, Any]) -> None:
+    """Write the state of a stage beside those of others, so that the file is always whole.
 
     Raises:
         ConversionError: the file cannot be written.
     """
+    stages = {**(_read(file) if file.exists() else {}), stage: {"key": key, "state": state}}
     partial = None
     try:
         handle, partial = tempfile.mkstemp(prefix=f".{file.name}.partial-", dir=file.parent)
         with open(handle, "wb") as stream:
-            torch.save({"key": key, "state": state}, stream)
+            torch.save({FORMAT: stages}, stream)
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:  # the latter from the writer within torch.save
         raise ConversionError(
@@ -70,27 +73,27 @@ def save_state(file: Path, key: str, state: dict[str, Any]) -> None:
             Path(partial).unlink(missing_ok=True)
 
 
-def load_state(file: Path, key: str) -> dict[str, Any] | None:
-    """The state in the file; None where there is no file.
+def load_state(file: Path, stage: str, key: str) -> dict[str, Any] | None:
+    """The state of a stage in the file; None where there is no file, or only the stage before.
 
     Raises:
         ConversionError: the file is of another run, or damaged.
     """
-    if not file.exists():
+    stages = _read(file) if file.exists() else {}
+    if not stages or (stage == END_TO_END and stage not in stages):
         return None
-    found, state = _read(file)
-    if found != key:
+    if stage not in stages or stages[stage]["key"] != key:
         raise ConversionError(
             f"{str(file)!r} is of another distillation (another model, text, size or option); "
             "remove it or name another file."
         )
-    return state
+    return stages[stage]["state"]
 
 
-def _read(file: Path) -> tuple[str, dict[str, Any]]:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        content = torch.load(file, weights_only=True)
-        return content["key"], content["state"]
+        stages: dict[str, Any] = torch.load(file, weights_only=True)[FORMAT]
+        return {name: {"key": s["key"], "state": s["state"]} for name, s in stages.items()}
     except Exception as error:  # torch.load raises whatever the bytes lead it to
         raise ConversionError(
             f"{str(file)!r} holds no state of a distillation; remove it or name another file."

@@ -26,6 +26,7 @@ from .families import SourceParts
 from .metric import TokenMetric
 from .signs import Progress, SignFitter
 from .sizes import DEFAULT_REDUCTION, HeadSize, choose_size
+from .streaming import frozen
 
 # Tuned on SmolLM2-135M during development (R = 490, one alternation, 30,000 tokens of WikiText-2,
 # the input side alone replaced), perplexity factor on 4,096 tokens kept out of it. POWER 0 (plain
@@ -160,24 +161,20 @@ def input_information(
 
     rows = max(1, FISHER_TOKENS // (blocks.shape[1] - 1))
     chosen = blocks[:: -(-len(blocks) // rows)]
-    trained = [p for p in backbone.parameters() if p.requires_grad]
     hook = backbone.get_input_embeddings().register_forward_hook(catch)
     information = torch.zeros((), dtype=torch.float64, device=device)
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for row in progress(chosen):
-            with torch.enable_grad():
-                hidden = backbone(row[None, :-1].to(device), use_cache=False).last_hidden_state
-                hidden.backward(_gradient_of_predictions(parts, hidden, generator))
-            gradient = outputs.pop().grad
-            assert gradient is not None
-            exact = gradient.flatten(0, -2).double()
-            information = information + exact.T @ exact
+        with frozen(backbone):
+            for row in progress(chosen):
+                with torch.enable_grad():
+                    hidden = backbone(row[None, :-1].to(device), use_cache=False).last_hidden_state
+                    hidden.backward(_gradient_of_predictions(parts, hidden, generator))
+                gradient = outputs.pop().grad
+                assert gradient is not None
+                exact = gradient.flatten(0, -2).double()
+                information = information + exact.T @ exact
     finally:
         hook.remove()
-        for parameter in trained:
-            parameter.requires_grad_()
     return information / chosen[:, 1:].numel()
 
 

@@ -6,12 +6,12 @@ conversion to each of the sizes. The smallest is what it would be alone, and on 
 fits of 98 and 96% around it were as good as well (docs/fitting.md).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from hf_vqlogits import VQLogitsHead
 
 from .calibration import CalibrationStatistics
-from .distillation_state import check_state_file
 from .quantise import Quantiser
 from .signs import SignFit
 from .sizes import HeadSize
@@ -23,7 +23,7 @@ def nested_heads(
     statistics: CalibrationStatistics,
     *,
     distill_steps: int = 0,
-    state_file: Path | None = None,
+    files: Mapping[HeadSize, Path],
 ) -> dict[HeadSize, VQLogitsHead]:
     """Heads of a size and of those that it holds.
 
@@ -32,8 +32,8 @@ def nested_heads(
         size: of sign codes.
         statistics: of the calibration text.
         distill_steps: steps of the distillation of each size.
-        state_file: where interrupted distillations are kept, each in a file with the bits of its
-            size behind this name, until all are done.
+        files: where interrupted distillations are kept, of [`state_files`]; empty keeps nothing.
+            Whoever has no further use for them removes them.
 
     Returns:
         Heads by size, ascending; each holds the codebooks of those before it.
@@ -41,18 +41,12 @@ def nested_heads(
     Raises:
         ConversionError: a state file is of something else.
     """
-    files = {rung: _state_file_of(rung, state_file) for rung in size.rungs}
-    for file in files.values():
-        if file is not None:
-            check_state_file(file, distill_steps)
-    fitter, fit = quantiser.sign_fitter(statistics), None
+    fitter = quantiser.sign_fitter(statistics)
     heads: dict[HeadSize, VQLogitsHead] = {}
-    for rung, file in files.items():
-        frozen = 0 if fit is None else len(fit.codebook)
+    inside: SignFit | None = None
+    for rung in size.rungs:
         with quantiser.timed("fit"):
-            fit = fitter.fit(rung.num_codebooks, rung.num_fine_tokens, inside=fit)
-            quantiser.details[f"signs {rung.num_codebooks}"] = fit.details
-            head = quantiser.head_of(rung, statistics, fit)
+            head = quantiser.sign_head(rung, statistics, fitter, inside=inside)
             for smaller in heads.values():
                 head.hold(smaller)
         if distill_steps:
@@ -61,23 +55,29 @@ def nested_heads(
                     head,
                     distill_steps,
                     statistics,
-                    frozen_bits=frozen,
-                    state_file=file,
-                    keep_state=True,
+                    frozen_bits=max(rung.nested_codebooks, default=0),
+                    state_file=files.get(rung),
                     name="distillation" if rung == size else f"distillation {rung.num_codebooks}",
                 )
-            fit = _fit_of(head)
-        heads[rung] = head
-    for file in files.values():
-        if file is not None:
-            file.unlink(missing_ok=True)
+        heads[rung], inside = head, _fit_of(head)
     return heads
 
 
-def _state_file_of(size: HeadSize, state_file: Path | None) -> Path | None:
-    if state_file is None:
-        return None
-    return state_file.with_name(f"{state_file.name}.{size.num_codebooks}")
+def state_files(size: HeadSize, state_file: Path) -> dict[HeadSize, Path]:
+    """Where the distillations of a size, and of those that it holds, are kept.
+
+    Args:
+        size: of the head.
+        state_file: as asked for.
+
+    Returns:
+        Files by size, ascending: that one, or where there are sizes inside one for each, with its
+        bits behind the name.
+    """
+    if not size.nested_codebooks:
+        return {size: state_file}
+    name = state_file.name
+    return {rung: state_file.with_name(f"{name}.{rung.num_codebooks}") for rung in size.rungs}
 
 
 def _fit_of(head: VQLogitsHead) -> SignFit:

@@ -20,13 +20,15 @@ from .codebooks import fit_index
 from .corpus import Corpus
 from .distillation import distill
 from .embeddings import fit_embedding, input_information, tie_embedding, token_weights
+from .end_to_end import distill_end_to_end
 from .families import SourceParts, head_config
 from .metric import token_metric
 from .precision import product_dtype
-from .redrawing import redraw
-from .signs import SignFitter
+from .redrawing import draw_tokens, redraw
+from .signs import SignFit, SignFitter
 from .sizes import HeadSize
 from .streaming import KeptStates
+from .training import Advance, Notify
 
 LADDER = (0.995, 0.99, 0.98, 0.96)
 REREADINGS = 1
@@ -88,19 +90,31 @@ class Quantiser:
             keep=keep_states,
         )
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = text[:, 1:]
+        drawn: list[Tensor] = []
+
+        def draw(probabilities: Tensor) -> None:
+            drawn.append(draw_tokens(probabilities, generator).cpu())
+
         for version, rows in enumerate(torch.arange(len(states.blocks)).split(len(text))):
             if version:
-                states.blocks[rows] = redraw(text, drawn, generator)
-            hidden = states(rows, progress=progress)
-            found = [accumulator.update_and_draw(h, generator) for h in hidden]
-            drawn = torch.cat(found).cpu().view_as(drawn)
+                states.blocks[rows] = redraw(text, torch.cat(drawn).view(len(text), -1), generator)
+                drawn.clear()
+            for hidden in states(rows, progress=progress):
+                accumulator.update(hidden, draw if version < self.rereadings else None)
         if keep_states:
             self.states = states
         return accumulator.finish()
 
+    def sign_heads(
+        self, sizes: list[HeadSize], statistics: CalibrationStatistics
+    ) -> dict[HeadSize, VQLogitsHead]:
+        """Sign-coded heads of several sizes, each refined on its own from one greedy prefix."""
+        fitter = self.sign_fitter(statistics)
+        fitter.greedy(max(size.num_codebooks for size in sizes))
+        return {size: self.sign_head(size, statistics, fitter) for size in sizes}
+
     def sign_fitter(self, statistics: CalibrationStatistics) -> SignFitter:
-        """What fits sign codes to the output layer."""
+        """What fits sign codes of the model, for [`sign_head`]."""
         return SignFitter(
             self.parts.weight,
             statistics,
@@ -109,18 +123,25 @@ class Quantiser:
             progress=self.progress,
         )
 
-    def sign_heads(
-        self, sizes: list[HeadSize], statistics: CalibrationStatistics
-    ) -> dict[HeadSize, VQLogitsHead]:
-        """Sign-coded heads of several sizes, each refined on its own from one greedy prefix."""
-        fitter = self.sign_fitter(statistics)
-        fitter.greedy(max(size.num_codebooks for size in sizes))
-        heads = {}
-        for size in sizes:
-            fit = fitter.fit(size.num_codebooks, size.num_fine_tokens)
-            self.details[f"signs {size.num_codebooks}"] = fit.details
-            heads[size] = self.head_of(size, statistics, fit)
-        return heads
+    def sign_head(
+        self,
+        size: HeadSize,
+        statistics: CalibrationStatistics,
+        fitter: SignFitter,
+        *,
+        inside: SignFit | None = None,
+    ) -> VQLogitsHead:
+        """A sign-coded head, refined from the greedy prefix of the fitter, or around a smaller fit.
+
+        Args:
+            size: of the head.
+            statistics: of the calibration text.
+            fitter: of [`sign_fitter`].
+            inside: a smaller fit, whose bits are the first ones of the head's.
+        """
+        fit = fitter.fit(size.num_codebooks, size.num_fine_tokens, inside=inside)
+        self.details[f"signs {size.num_codebooks}"] = fit.details
+        return self.head_of(size, statistics, fit)
 
     def index_head(
         self, size: HeadSize, method: str, statistics: CalibrationStatistics
@@ -145,9 +166,9 @@ class Quantiser:
         steps: int,
         statistics: CalibrationStatistics,
         *,
+        learn_codes: bool = True,
         frozen_bits: int = 0,
         state_file: Path | None = None,
-        keep_state: bool = False,
         name: str = "distillation",
     ) -> None:
         """Train the head's codes and codebook towards the dense layer.
@@ -156,19 +177,68 @@ class Quantiser:
             head: in place.
             steps: of about a thousand positions each.
             statistics: of the calibration text.
+            learn_codes: sign codes as well; without, they stay and the codebook has all steps.
             frozen_bits: bits of each code, the first ones, that stay.
             state_file: where an interrupted run is kept.
-            keep_state: leave it there at the end.
             name: in `details`.
         """
         parts = self.parts
-        states = self.states or KeptStates(parts.backbone, self.corpus.calibration)
         metric = None
-        if head.code_type == "sign":
+        if learn_codes and head.code_type == "sign":
             metric = token_metric(parts.weight, statistics, bias=parts.bias)
-        with tqdm(
-            total=steps, desc="distilling", disable=not self.show_progress, leave=False
-        ) as bar:
+        with self._bar("distilling", steps) as (notify, advance):
+            done = distill(
+                head,
+                self._states(),
+                teacher=_teacher(parts),
+                steps=steps,
+                metric=metric,
+                frozen_bits=frozen_bits,
+                seed=self.seed,
+                state_file=state_file,
+                notify=notify,
+                advance=advance,
+            )
+        self.details[name] = vars(done)
+
+    def distill_end_to_end(
+        self,
+        head: VQLogitsHead,
+        embedding: VQEmbedding,
+        steps: int,
+        *,
+        state_file: Path | None = None,
+    ) -> None:
+        """Train the codebooks of both sides towards the original model, through the body.
+
+        Args:
+            head: in place.
+            embedding: the quantised input embedding, in place.
+            steps: of about a thousand positions each.
+            state_file: where an interrupted run is kept.
+        """
+        with self._bar("distilling end to end", steps) as (notify, advance):
+            done = distill_end_to_end(
+                self.parts.backbone,
+                embedding,
+                head,
+                self._states(),
+                teacher=_teacher(self.parts),
+                steps=steps,
+                seed=self.seed,
+                state_file=state_file,
+                notify=notify,
+                advance=advance,
+            )
+        self.details["end to end"] = vars(done)
+
+    def _states(self) -> KeptStates:
+        return self.states or KeptStates(self.parts.backbone, self.corpus.calibration)
+
+    @contextmanager
+    def _bar(self, what: str, steps: int) -> Iterator[tuple[Notify, Advance]]:
+        """A bar of steps with the divergence as it was last judged."""
+        with tqdm(total=steps, desc=what, disable=not self.show_progress, leave=False) as bar:
 
             def advance(made: int) -> None:
                 bar.update(made - bar.n)
@@ -177,20 +247,7 @@ class Quantiser:
                 bar.set_postfix_str(f"KL on text kept out {kl:.4f}", refresh=False)
                 advance(made)
 
-            done = distill(
-                head,
-                states,
-                teacher=_teacher(parts),
-                steps=steps,
-                metric=metric,
-                frozen_bits=frozen_bits,
-                seed=self.seed,
-                state_file=state_file,
-                keep_state=keep_state,
-                notify=notify,
-                advance=advance,
-            )
-        self.details[name] = vars(done)
+            yield notify, advance
 
     def embedding(self, mode: str, head: VQLogitsHead, bits: int) -> VQEmbedding:
         """The quantised input embedding.

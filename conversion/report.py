@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .coverage import NAMES, TextCoverage
+
 REPORT_FILE = "vq_report.json"
 
 
@@ -37,6 +39,30 @@ class NestedRung(LadderRung):
     """
 
     num_codebooks: int
+
+
+@dataclass
+class Candidate:
+    """A size that a search tried. Factors are of the perplexity of the evaluation text.
+
+    Attributes:
+        num_codebooks: R.
+        bits_per_token: mean length of a token's code.
+        param_reduction: as in the report.
+        fit_factor: by the fit alone.
+        factor: of the head as it would be written, after the distillation where there is one; None
+            where the fit alone told enough.
+        passed: whether that is within the limit.
+        chosen: the smallest that passed.
+    """
+
+    num_codebooks: int
+    bits_per_token: float
+    param_reduction: float
+    fit_factor: float
+    factor: float | None
+    passed: bool | None
+    chosen: bool
 
 
 @dataclass
@@ -76,10 +102,15 @@ class ConversionReport:
         logit_seconds: for one row, `dense_float32`, `dense_bfloat16`, `quantised`.
         calibration: `source`, of a local path the last part, `tokens`, and `rereadings` of them.
         evaluation: likewise, and `context`.
+        coverage: how well the calibration text covers others, by name: `evaluation`, and `own_text`
+            where the model could write some to compare with.
+        likely_vocabulary: share of the tokens that the calibration text makes likely.
         fit: what the method tells of itself.
         seconds: time of each step.
         ladder: sizes compared, with `--ladder`.
         nested: sizes that the output layer holds, with `--nested`; the last one is the whole.
+        max_perplexity_increase: the option that chose the size, or None.
+        candidates: sizes tried for it, smallest first.
         versions: of Python and packages.
         machine: processor or GPU, and threads.
         seed: of everything random.
@@ -116,10 +147,14 @@ class ConversionReport:
     logit_seconds: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
+    coverage: dict[str, TextCoverage] = field(default_factory=dict)
+    likely_vocabulary: float | None = None
     fit: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     ladder: list[LadderRung] = field(default_factory=list)
     nested: list[NestedRung] = field(default_factory=list)
+    max_perplexity_increase: float | None = None
+    candidates: list[Candidate] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -243,15 +278,21 @@ class ConversionReport:
     @property
     def distillation(self) -> str | None:
         """How codes and codebook were trained, or None where they were not."""
-        done = self.fit.get("distillation")
+        return self._told("distillation", "the dense layer", "of each size; of the whole ")
+
+    @property
+    def end_to_end(self) -> str | None:
+        """How the codebooks of both sides were trained through the body, or None."""
+        return self._told("end to end", "the original model", "of the largest size alone: ")
+
+    def _told(self, stage: str, teacher: str, of_several: str) -> str | None:
+        done = self.fit.get(stage)
         if done is None:
             return None
         early = f"; ended early: {done['stopped']}" if done["stopped"] else ""
-        steps = f"{done['steps']:,} steps"
-        if self.nested:
-            steps = f"of each size; of the whole {steps}"
+        which = of_several if self.nested else ""
         return (
-            f"{steps}; divergence from the dense layer {done['kl_before']:.3g} -> "
+            f"{which}{done['steps']:,} steps; divergence from {teacher} {done['kl_before']:.3g} -> "
             f"{done['kl_after']:.3g} nats a token, on text kept out of it{early}"
         )
 
@@ -280,9 +321,19 @@ class ConversionReport:
         ]
         for name, text in (("calibration", self.calibration), ("evaluation", self.evaluation)):
             if text is not None:
-                facts.append((name, f"{text['source']}, {text['tokens']:,} tokens"))
+                again = text.get("rereadings")
+                often = f", read again {again}x with tokens redrawn" if again else ""
+                facts.append((name, f"{text['source']}, {text['tokens']:,} tokens{often}"))
+        if self.likely_vocabulary is not None:
+            facts.append(
+                ("tokens that the calibration text makes likely", f"{self.likely_vocabulary:.1%}")
+            )
+        for name, found in self.coverage.items():
+            facts.append((f"coverage of {NAMES[name]}", str(found)))
         if self.distillation is not None:
             facts.append(("distillation", self.distillation))
+        if self.end_to_end is not None:
+            facts.append(("end-to-end distillation", self.end_to_end))
         times = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
         return [*facts, ("time", times), ("seed", str(self.seed))]
 
@@ -305,6 +356,9 @@ class ConversionReport:
             rungs = [nested_cells(rung) for rung in self.nested]
             console.print(_grid("sizes inside", NESTED_COLUMNS, rungs))
             console.print(f"load one of them: {self.loading_of_a_size()}", highlight=False)
+        if self.candidates:
+            tried = [candidate_cells(candidate) for candidate in self.candidates]
+            console.print(_grid(self.search_title, CANDIDATE_COLUMNS, tried))
         for note in self.notes:
             console.print(f"[yellow]note[/yellow]: {note}", highlight=False)
 
@@ -312,6 +366,12 @@ class ConversionReport:
         """A call that loads the smallest size inside."""
         name, bits = last_part(self.output or "model"), self.nested[0].num_codebooks
         return f'AutoModelForCausalLM.from_pretrained("{name}", num_codebooks={bits})'
+
+    @property
+    def search_title(self) -> str:
+        """What the candidates were tried for."""
+        allowed = 100 * (self.max_perplexity_increase or 0)
+        return f"sizes tried for a perplexity of at most {allowed:+.4g}%"
 
 
 def _grid(title: str, columns: Sequence[str], cells: Iterable[Sequence[str]]) -> Table:
@@ -366,6 +426,29 @@ def nested_cells(rung: NestedRung) -> tuple[str, ...]:
     """A size as text, in the order of `NESTED_COLUMNS`."""
     saved, bits, _, size, *judged = ladder_cells(rung)
     return (f"{rung.num_codebooks:,}", saved, bits, size, *judged)
+
+
+CANDIDATE_COLUMNS = (
+    "R",
+    "bits a token",
+    "saved",
+    "factor, fit alone",
+    "factor",
+    "passed",
+)
+
+
+def candidate_cells(candidate: Candidate) -> tuple[str, ...]:
+    """A candidate as text, in the order of `CANDIDATE_COLUMNS`."""
+    passed = {None: "", True: "yes", False: "no"}[candidate.passed]
+    return (
+        f"{candidate.num_codebooks:,}",
+        f"{candidate.bits_per_token:,.0f}",
+        f"{candidate.param_reduction:.1%}",
+        f"x{candidate.fit_factor:.4f}",
+        "" if candidate.factor is None else f"x{candidate.factor:.4f}",
+        "chosen" if candidate.chosen else passed,
+    )
 
 
 def last_part(path: str) -> str:

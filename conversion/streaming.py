@@ -1,9 +1,10 @@
 """Hidden states of a frozen backbone, in batches; kept only where they are wanted again."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .precision import product_dtype
@@ -44,6 +45,19 @@ def hidden_states(
         with torch.autocast(device.type, dtype, enabled=mixed):
             hidden = backbone(batch[:, :-1], use_cache=False).last_hidden_state
         yield hidden[:, skip:].float().flatten(0, 1), batch[:, 1 + skip :].flatten()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within the block no parameter of the module takes a gradient; after it those do that did."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 class KeptStates:

@@ -19,6 +19,7 @@ from finetuning import (
     ON_CPU,
     WARMUP,
     collator,
+    describe,
     prepare,
     rows_a_step,
     run,
@@ -26,6 +27,8 @@ from finetuning import (
 )
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
+
+from hf_vqlogits.conversion.code_training import CodeLearner
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -54,6 +57,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     accelerator.print(f"perplexity before: {perplexity(model, eval_loader, accelerator):.4f}")
     model.train()
+    learner = CodeLearner(model, every=arguments.learn_codes) if arguments.learn_codes else None
     loss = 0.0
     for batch in train_loader:
         with accelerator.accumulate(model):
@@ -67,6 +71,9 @@ def train(arguments: argparse.Namespace) -> None:
         if not accelerator.sync_gradients:
             continue
         schedule.step()
+        move = None if learner is None else learner.step()
+        if move is not None:
+            accelerator.print(describe(move, arguments.steps))
         step = schedule.last_epoch
         if step % arguments.logging_steps == 0:
             mean = accelerator.reduce(loss, "mean").item()
@@ -75,6 +82,8 @@ def train(arguments: argparse.Namespace) -> None:
             current = perplexity(model, eval_loader, accelerator)
             accelerator.print(f"step {step} of {arguments.steps}: perplexity {current:.4f}")
         loss = 0.0
+    if learner is not None:
+        learner.close()
     accelerator.print(f"perplexity after: {perplexity(model, eval_loader, accelerator):.4f}")
     save(task, model, arguments, accelerator)
     accelerator.end_training()

@@ -10,8 +10,19 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from finetuning import MAX_GRADIENT_NORM, ON_CPU, WARMUP, collator, prepare, run, save
+from finetuning import (
+    MAX_GRADIENT_NORM,
+    ON_CPU,
+    WARMUP,
+    collator,
+    describe,
+    prepare,
+    run,
+    save,
+)
 from transformers import Trainer, TrainingArguments
+
+from hf_vqlogits.conversion.code_callback import LearnCodesCallback
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -19,18 +30,22 @@ def train(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         training_arguments = _training_arguments(arguments, scratch)
         task = prepare(arguments, processes=training_arguments.world_size)
+        learned = LearnCodesCallback(every=arguments.learn_codes) if arguments.learn_codes else None
         trainer = Trainer(
             model=task.model,
             args=training_arguments,
             train_dataset=task.train,
             eval_dataset=task.evaluation,
             data_collator=collator(task),
+            callbacks=None if learned is None else [learned],
         )
         trainer.train()
         # Not `evaluate()` before `train()`: on several processes that would leave the model without
         # DDP, and each process would train on its own (Transformers 5.24, Accelerate 1.15).
         before = next(r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r)
         after = trainer.evaluate()["eval_loss"]
+        for move in [] if learned is None else learned.history:
+            trainer.accelerator.print(describe(move, arguments.steps))
         trainer.accelerator.print(f"perplexity before: {math.exp(before):.4f}")
         trainer.accelerator.print(f"perplexity after: {math.exp(after):.4f}")
         save(task, trainer.model_wrapped, arguments, trainer.accelerator)

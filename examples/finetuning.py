@@ -24,6 +24,7 @@ from transformers import (
 
 from hf_vqlogits import VQLogitsConfig
 from hf_vqlogits.conversion.checkpoint import check_output, check_room, whole_or_nothing
+from hf_vqlogits.conversion.code_training import CodeMove, trainable_head
 from hf_vqlogits.conversion.errors import ConversionError
 from hf_vqlogits.conversion.text import load_text, prefix_ids, split_lines, tokenize
 from hf_vqlogits.integrations.peft import lora_config
@@ -100,6 +101,14 @@ def _parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gradient-accumulation-steps", type=_at_least(1), default=1)
     add("--learning-rate", type=_positive, default=1e-4, help="after warm-up; cosine decay to 0")
     add("--context", type=_at_least(2), help=f"tokens a row; default {DEFAULT_CONTEXT} at most")
+    add(
+        "--learn-codes",
+        type=_at_least(0),
+        default=0,
+        metavar="EVERY",
+        help="move the output layer's codes every so many steps, which should see some 65,000 "
+        "tokens; default 0: they stay",
+    )
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: full precision")
     add("--logging-steps", type=_at_least(1), default=10)
     add("--eval-steps", type=_at_least(1), help="evaluate every so many steps as well")
@@ -107,6 +116,11 @@ def _parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.merge_adapter and arguments.train != "lora":
         parser.error("--merge-adapter needs --train lora: otherwise there is no adapter")
+    if arguments.learn_codes > arguments.steps:
+        parser.error(
+            f"--learn-codes {arguments.learn_codes} is above --steps {arguments.steps}: the codes "
+            "would never be moved"
+        )
     if arguments.mixed_precision == "fp16" and ON_CPU:
         parser.error("--mixed-precision fp16 needs a GPU; on a CPU use bf16, or leave it out")
     return arguments
@@ -167,6 +181,8 @@ def prepare(arguments: argparse.Namespace, *, processes: int) -> Task:
             f"{model.config.get_text_config().vocab_size}: they do not belong together."
         )
     model = select_trainable(model, arguments.train, lora_rank=arguments.lora_rank)
+    if arguments.learn_codes:
+        trainable_head(model)  # refuses what would be refused after the first evaluation
     return Task(model, tokenizer, train, evaluation, len(prefix), dtype)
 
 
@@ -254,6 +270,20 @@ def select_trainable(
         model.requires_grad_(False)
         model.get_output_embeddings().requires_grad_(True)
     return model
+
+
+def describe(move: CodeMove, steps: int) -> str:
+    """One line on a move of the codes.
+
+    Args:
+        move: what it did.
+        steps: of the training.
+    """
+    outcome = f"{move.flips} bits of the codes" if move.taken else "no codes"
+    return (
+        f"step {move.step} of {steps}: moved {outcome}, loss on tokens kept out "
+        f"{move.loss_before:.4f} -> {move.loss_after:.4f}"
+    )
 
 
 def collator(task: Task) -> Callable[[list[Tensor]], dict[str, Any]]:

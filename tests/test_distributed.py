@@ -190,6 +190,7 @@ def test_example_on_two_processes(tmp_path, script):
         assert done.returncode == 0, done.stderr
         return losses_of(done.stdout), perplexities_of(done.stdout), tmp_path / output
 
+    words += " --learn-codes 3"
     alone = run([], "one", "--batch-size 8")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     together = run(launcher, "two", "--batch-size 2 --gradient-accumulation-steps 2")

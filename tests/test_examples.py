@@ -162,6 +162,28 @@ def test_perplexity_falls_and_the_output_loads(example, inputs, tmp_path, what):
         assert not (output / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("what", ["head", "all", "lora"])
+def test_codes_are_learnt_on_request(example, inputs, tmp_path, what):
+    model, output, text = inputs / "vq", tmp_path / "tuned", inputs / "text.txt"
+    words = ("--model", model, "--train-data", text, "--output", output, "--train", what)
+    code, out, _ = example(
+        *words, *("--learn-codes", 20, "--gradient-accumulation-steps", 2), *QUICK
+    )
+    assert code == 0
+    moves = re.findall(r"step (\d+) of 40: moved (\d+|no) .* ([\d.]+) -> ([\d.]+)", out)
+    assert [int(move[0]) for move in moves] == [20, 40]
+    assert any(float(after) < float(before) for *_, before, after in moves)
+    before, after = perplexities(out)
+    assert after < 0.8 * before
+    if what == "lora":
+        stored = load_file(output / "adapter_model.safetensors")
+        codes = stored["base_model.model.lm_head.codes"]
+        assert not torch.equal(codes, tensors(model)["lm_head.codes"])
+        return
+    assert "lm_head.codes" in changed(model, output)
+    assert after == pytest.approx(reference_perplexity(output, text.read_text()), rel=1e-4)
+
+
 def test_merged_adapter_is_a_plain_model(example, inputs, tmp_path):
     output, text = tmp_path / "merged", inputs / "text.txt"
     code, out, _ = example(
@@ -303,6 +325,8 @@ BAD = {
     "adapter": (["--model", "{adapter}"], "PEFT adapter"),
     "no steps": (["--steps", "0"], "argument --steps: must be at least 1, got 0"),
     "no number": (["--learning-rate", "nan"], "argument --learning-rate: must be a positive"),
+    "no codes": (["--model", "{dense}", "--learn-codes", "2"], "has no `VQLogitsHead`"),
+    "codes never moved": (["--learn-codes", "41"], "--learn-codes 41 is above --steps 40"),
     "nothing to merge": (["--train", "all", "--merge-adapter"], "needs --train lora"),
 }
 
@@ -331,7 +355,13 @@ def test_bad_input_is_one_line_and_writes_nothing(example, inputs, tmp_path, cas
     short.write_text("w1")
     before = sorted(tmp_path.rglob("*"))
     words, message = BAD[case]
-    places = {"vq": inputs / "vq", "foreign": foreign, "adapter": adapter, "short": short}
+    places = {
+        "vq": inputs / "vq",
+        "dense": inputs / "dense",
+        "foreign": foreign,
+        "adapter": adapter,
+        "short": short,
+    }
     code, _, err = example(
         *("--model", inputs / "vq", "--train-data", inputs / "text.txt"),
         *("--output", tmp_path / "tuned", *QUICK),

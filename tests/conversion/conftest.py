@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hf_vqlogits.conversion import convert
+from hf_vqlogits.conversion import convert, corpus
 
 VOCAB = 400
 
@@ -28,6 +28,14 @@ def _offline(monkeypatch):
 def _no_distillation_by_default(monkeypatch):
     """Only tests that ask for a distillation wait for one."""
     monkeypatch.setattr(convert, "DISTILL_STEPS", 0)
+    monkeypatch.setattr(convert, "INPUT_DISTILL_STEPS", 0)
+
+
+@pytest.fixture(autouse=True)
+def _little_text_to_compare_with(monkeypatch):
+    """Writing goes token by token."""
+    monkeypatch.setattr(corpus, "OWN_TOKENS", 60)
+    monkeypatch.setattr(corpus, "OWN_CONTEXT", 8)
 
 
 @pytest.fixture(scope="session")

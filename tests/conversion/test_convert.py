@@ -423,7 +423,7 @@ def test_push_to_hub_uploads_the_output_folder(tiny_folder, text_file, tmp_path,
         ({"calibration_tokens": 0}, "`calibration_tokens` must be at least 1, got 0"),
         (
             {"distill_steps": 0, "distill_state": "state"},
-            "keeps a distillation, but `distill_steps` is 0",
+            "keeps a distillation, but there are no steps to make",
         ),
         ({"distill_state": "missing/state"}, "must name a file in a folder that can be written"),
         ({"distill_steps": -1}, "`distill_steps` must be at least 0, got -1"),

@@ -79,6 +79,31 @@ def test_own_text_begins_so_too(source, template, prefix, text_file):
     assert found.unscored == max(0, length - 1)
 
 
+@pytest.mark.parametrize(("template", "prefix"), TEMPLATES.items())
+def test_a_little_of_what_the_model_writes_beside_a_text(source, template, prefix, text_file):
+    found = prepare_corpus(source(template), **{**OPTIONS, "calibration_data": str(text_file)})
+    assert found.own.shape[1] == corpus.OWN_CONTEXT + 1
+    assert found.own[:, : len(prefix)].tolist() == [prefix] * len(found.own)
+    assert found.own[:, 1 + found.own_unscored :].numel() >= corpus.OWN_TOKENS
+    assert found.own_unscored == len(prefix)
+
+
+def test_no_more_of_it_where_it_is_the_calibration_text(source):
+    assert prepare_corpus(source("$A"), **{**OPTIONS, "calibration_data": "self"}).own is None
+
+
+def test_a_model_that_cannot_write_is_not_compared_with(source, text_file, monkeypatch):
+    def fail(*arguments, **options):
+        raise NotImplementedError("no cache\nhere")
+
+    monkeypatch.setattr(corpus, "sample_token_ids", fail)
+    found = prepare_corpus(source("$A"), **{**OPTIONS, "calibration_data": str(text_file)})
+    assert found.own is None
+    [note] = found.notes
+    assert note.startswith("the calibration text was not compared with what the model writes")
+    assert note.endswith("as writing failed: no cache")
+
+
 def test_without_a_tokenizer_rows_begin_with_a_random_token(source):
     made = source("<bos> $A")
     made.tokenizer = None

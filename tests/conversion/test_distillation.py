@@ -5,11 +5,13 @@ from transformers import GPT2Config, GPT2Model
 from hf_vqlogits import VQLogitsConfig, VQLogitsHead
 from hf_vqlogits.conversion import distillation
 from hf_vqlogits.conversion.calibration import StatisticsAccumulator
-from hf_vqlogits.conversion.distillation import distill, divergence, held_out_kl, long_enough
+from hf_vqlogits.conversion.distillation import distill, held_out_kl
 from hf_vqlogits.conversion.distillation_state import check_state_file
 from hf_vqlogits.conversion.errors import ConversionError
+from hf_vqlogits.conversion.held_out import split
 from hf_vqlogits.conversion.metric import token_metric
 from hf_vqlogits.conversion.streaming import KeptStates
+from hf_vqlogits.conversion.training import divergence
 from hf_vqlogits.ops import unpack_signs
 
 V, D, R = 60, 16, 24
@@ -92,7 +94,7 @@ def test_what_is_told_is_the_divergence_of_the_head_that_is_kept(setting):
     assert set(advanced) >= set(range(32, 41))  # every step of the codebook
     assert done.kl_before == told[0][1]
     assert done.kl_after == min(kl for _, kl in told)
-    held, _ = distillation._split(setting.states, 40, 0)
+    held, _ = split(setting.blocks, 40, 0)
     kept = held_out_kl(setting.head, setting.states(held), setting.teacher)
     assert kept == pytest.approx(done.kl_after, rel=1e-3)
 
@@ -103,7 +105,7 @@ def test_training_that_diverges_stops_with_the_best_head(setting):
     assert done.stopped.startswith("the divergence rose from")
     assert done.steps < 20
     assert done.kl_after <= done.kl_before
-    held, _ = distillation._split(setting.states, 20, 0)
+    held, _ = split(setting.blocks, 20, 0)
     kept = held_out_kl(setting.head, setting.states(held), setting.teacher)
     assert kept == pytest.approx(done.kl_after, rel=1e-3)
 
@@ -158,12 +160,12 @@ def test_an_interrupted_run_goes_on_to_the_same_head(setting, tmp_path, after):
     again = setting.distill(20, **options)
     assert again == whole
     assert all(torch.equal(setting.head.state_dict()[k], wanted[k]) for k in wanted)
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"state"}
 
 
-def test_a_state_that_is_kept_spares_the_training(setting, tmp_path, monkeypatch):
+def test_the_state_of_a_finished_run_spares_the_training(setting, tmp_path, monkeypatch):
     start = {k: v.clone() for k, v in setting.head.state_dict().items()}
-    options = {"metric": setting.metric, "state_file": tmp_path / "state", "keep_state": True}
+    options = {"metric": setting.metric, "state_file": tmp_path / "state"}
     whole = setting.distill(20, **options)
     wanted = {k: v.clone() for k, v in setting.head.state_dict().items()}
     setting.head.load_state_dict(start)
@@ -238,33 +240,12 @@ def test_divergence_against_a_float64_reference(setting):
     assert float(same) == pytest.approx(0, abs=1e-3)
 
 
-def test_what_is_kept_out_is_never_trained_on(setting):
-    held, order = distillation._split(setting.states, steps=20, seed=0)  # of 64 rows each
-    assert len(held) == 80
-    assert len(order) == 20 * 64
-    kept, rest = set(held.tolist()), set(range(400)) - set(held.tolist())
-    assert len(kept) == 80
-    for epoch in range(4):  # every row once before any comes again
-        assert set(order[320 * epoch :][:320].tolist()) == rest
-    assert not torch.equal(order[:320], order[320:640])
-
-
-def test_no_version_of_what_is_kept_out_is_trained_on(setting):
-    states = KeptStates(setting.backbone, setting.blocks.repeat(3, 1), versions=3)
-    held, order = distillation._split(states, steps=15, seed=0)
-    assert len(held) == 80
-    assert held.max() < 400
-    assert sorted(order.tolist()) == sorted(
-        row + 400 * version for row in set(range(400)) - set(held.tolist()) for version in range(3)
-    )
-
-
 @pytest.mark.parametrize("divergence", [0.024, 400.0])
 def test_the_rate_follows_the_divergence(setting, monkeypatch, divergence):
     rates = []
     monkeypatch.setattr(distillation, "held_out_kl", lambda *_: divergence)
     monkeypatch.setattr(
-        distillation._Training, "train_codebook", lambda self, rate: rates.append(rate)
+        distillation._HeadTraining, "train_codebook", lambda self, rate: rates.append(rate)
     )
     setting.distill(20)
     assert rates == [pytest.approx(min(0.01, 0.1 * (divergence / R) ** 0.5))]
@@ -272,9 +253,6 @@ def test_the_rate_follows_the_divergence(setting, monkeypatch, divergence):
 
 def test_too_little_text(setting):
     setting.states = KeptStates(setting.backbone, setting.blocks[:10])
-    assert not long_enough(setting.blocks[:10])
-    assert long_enough(setting.blocks[:79])
-    assert not long_enough(setting.blocks[:78])
     with pytest.raises(ConversionError, match=r"needs at least 1,343 tokens .* there are 170"):
         setting.distill(1)
 
@@ -282,6 +260,6 @@ def test_too_little_text(setting):
 @pytest.mark.parametrize("steps", [0, 5])
 def test_a_state_file_that_cannot_be(tmp_path, steps):
     place = tmp_path / "missing" / "state" if steps else tmp_path / "state"
-    message = "must name a file in a folder" if steps else "but `distill_steps` is 0"
+    message = "must name a file in a folder" if steps else "but there are no steps to make"
     with pytest.raises(ConversionError, match=message):
         check_state_file(place, steps)

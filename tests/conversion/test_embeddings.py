@@ -9,7 +9,15 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_vqlogits.conversion import ConversionError, convert, convert_to_vq, embeddings
+from hf_vqlogits.conversion import (
+    ConversionError,
+    convert,
+    convert_to_vq,
+    distillation,
+    embeddings,
+    end_to_end,
+    quantise,
+)
 from hf_vqlogits.conversion.card import model_card
 from hf_vqlogits.conversion.embeddings import (
     FLATTENING,
@@ -206,6 +214,87 @@ def test_after_distillation_the_tie_holds(tiny_folder, text_file, mode):
     assert (embedding.codebook is report.model.lm_head.codebook) == (mode == "tied")
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_distilled_end_to_end_the_model_is_nearer_to_the_original(
+    tiny_folder, text_file, other_text, tmp_path, mode
+):
+    options = {"bits": 12, "embeddings": mode, "calibration_data": text_file, "seed": 1}
+    options |= {"eval_data": other_text, "embedding_bits": 3 if mode == "vq" else None}
+    fitted = convert_to_vq(tiny_folder, **options)
+    assert "end to end" not in fitted.fit
+    report = convert_to_vq(tiny_folder, output=tmp_path / "out", input_distill_steps=200, **options)
+    done = report.fit["end to end"]
+    assert done["steps"] == 200
+    assert done["kl_after"] < done["kl_before"]
+    assert report.perplexity["after"] < fitted.perplexity["after"]
+    told = f"200 steps; divergence from the original model {done['kl_before']:.3g} -> "
+    assert dict(report.facts())["end-to-end distillation"].startswith(told)
+    assert f"input embedding trained by end-to-end distillation ({told}" in model_card(report)
+    loaded = AutoModelForCausalLM.from_pretrained(report.output)
+    for name in SHARED:
+        sides = [getattr(m, name) for m in (loaded.lm_head, loaded.get_input_embeddings())]
+        assert (sides[0] is sides[1]) == (mode == "tied" or sides == [None, None])
+    ids = torch.randint(0, 400, (2, 9))
+    assert torch.equal(loaded(ids).logits, report.model(ids).logits)
+    assert all(p.requires_grad and p.grad is None for p in report.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "mode", "steps"),
+    [("signs", "tied", 3), ("signs", "vq", 3), ("signs", "keep", None), ("kmeans", "vq", None)],
+)
+def test_sign_codes_are_distilled_end_to_end_by_default(
+    tiny_folder, text_file, monkeypatch, method, mode, steps
+):
+    monkeypatch.setattr(convert, "INPUT_DISTILL_STEPS", 3)
+    size = {"bits": 12} if method == "signs" else {"codebook_size": 9}
+    options = {"method": method, "embeddings": mode, "calibration_data": text_file, **size}
+    report = convert_to_vq(tiny_folder, **options)
+    assert report.fit.get("end to end", {"steps": None})["steps"] == steps
+    off = convert_to_vq(tiny_folder, input_distill_steps=0, **options)
+    assert "end to end" not in off.fit
+
+
+def test_too_little_text_for_the_end_to_end_distillation(tiny_folder, monkeypatch):
+    for name in ("DISTILL_STEPS", "INPUT_DISTILL_STEPS"):
+        monkeypatch.setattr(convert, name, 3)
+    options = {"bits": 8, "calibration_data": "self", "calibration_tokens": 500}
+    report = convert_to_vq(tiny_folder, embeddings="tied", **options)
+    assert "end to end" not in report.fit
+    told = [note for note in report.notes if "too little calibration text" in note]
+    assert len(told) == 1
+    monkeypatch.setattr(quantise.Quantiser, "calibrate", None)  # it is told before
+    with pytest.raises(ConversionError, match="needs at least .* or `input_distill_steps` 0"):
+        convert_to_vq(tiny_folder, embeddings="tied", input_distill_steps=3, **options)
+
+
+def test_a_conversion_interrupted_in_its_last_stage_goes_on_there(
+    tiny_folder, text_file, tmp_path, monkeypatch
+):
+    options = {"bits": 12, "embeddings": "tied", "calibration_data": text_file}
+    options |= {"distill_steps": 8, "input_distill_steps": 20}
+    whole = convert_to_vq(tiny_folder, **options)
+    options["distill_state"] = tmp_path / "state"
+    save, told = end_to_end.save_state, []
+
+    def interrupt(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(end_to_end, "save_state", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        convert_to_vq(tiny_folder, **options)
+    monkeypatch.setattr(end_to_end, "save_state", lambda *a: told.append(save(*a)))
+    monkeypatch.setattr(distillation, "save_state", None)  # the head's stage is over
+    again = convert_to_vq(tiny_folder, **options)
+    assert len(told) == 4  # of five checks the first was made before
+    assert list(tmp_path.iterdir()) == []
+    assert again.fit["distillation"] == whole.fit["distillation"]
+    assert again.fit["end to end"] == whole.fit["end to end"]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("mode", MODES)
 def test_room_is_checked_for_the_whole_output(
@@ -230,6 +319,16 @@ def test_room_is_checked_for_the_whole_output(
         ({"embeddings": "vq", "ladder": True}, "`ladder` compares output layers alone, and .*'vq'"),
         ({"embedding_bits": 9}, "`embedding_bits` applies to `embeddings` 'vq' only, not to 'keep"),
         ({"embeddings": "tied", "embedding_bits": 9}, "'vq' only, not to 'tied'"),
+        (
+            {"input_distill_steps": 5},
+            "`input_distill_steps` 5 trains a quantised .* is 'keep'; use",
+        ),
+        ({"input_distill_steps": -1}, "`input_distill_steps` must be at least 0, got -1"),
+        (
+            {"embeddings": "tied", "distill_state": "s"}
+            | {"distill_steps": 0, "input_distill_steps": 0},
+            "keeps a distillation, but there are no steps",
+        ),
         ({"embeddings": "vq", "embedding_bits": 0}, "`embedding_bits` must be at least 1, got 0"),
         (
             {"embeddings": "vq", "embedding_bits": 10**6},

@@ -50,6 +50,11 @@ def test_bytes_count_the_codebooks_of_all_sizes():
         ([0.9, 0.8], {"method": "kmeans"}, "sign codes in one another; .* to method 'kmeans'"),
         ([0.9, 0.8], {"bits": 9}, "`nested` and `bits` both choose the size"),
         ([0.9, 0.8], {"param_reduction": 0.9}, "`nested` and `param_reduction` both choose"),
+        (
+            [0.9, 0.8],
+            {"max_perplexity_increase": 0.02},
+            "`nested` and `max_perplexity_increase` both choose the size; give one of them",
+        ),
         ([0.9, 0.8], {"ladder": True}, "`nested` and `ladder` contradict each other"),
         (
             [0.9, 0.8],

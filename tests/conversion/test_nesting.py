@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_vqlogits import VQLogitsForCausalLM
-from hf_vqlogits.conversion import ConversionError, convert, convert_to_vq, distillation
+from hf_vqlogits.conversion import ConversionError, convert, convert_to_vq, distillation, training
+from hf_vqlogits.conversion.distillation_state import END_TO_END
 from hf_vqlogits.conversion.evaluation import perplexity
 from hf_vqlogits.conversion.nested_sizes import choose_nested_size
 from hf_vqlogits.conversion.text import split_lines, tokenize
@@ -102,21 +103,29 @@ def test_distillation_moves_the_new_bits_alone(tiny_folder, options, monkeypatch
 
 
 def test_the_input_side_may_have_codes_of_its_own(tiny_folder, text, tokenizer, options, tmp_path):
-    report = convert_to_vq(tiny_folder, output=tmp_path / "out", embeddings="vq", **options)
     held_out = tokenize(split_lines(text, 0.8)[1], tokenizer, 25_000)
-    for rung in report.nested:
-        model = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "out", num_codebooks=rung.num_codebooks
+    heads = []
+    for steps in (0, 10):
+        out = tmp_path / str(steps)
+        report = convert_to_vq(
+            tiny_folder, output=out, embeddings="vq", input_distill_steps=steps, **options
         )
-        assert model.config.embedding_codebooks == 116
-        measured = perplexity(model, held_out, context=64).perplexity
-        assert rung.perplexity == pytest.approx(measured, rel=0.01)
+        for rung in report.nested:
+            model = AutoModelForCausalLM.from_pretrained(out, num_codebooks=rung.num_codebooks)
+            assert model.config.embedding_codebooks == 116
+            measured = perplexity(model, held_out, context=64).perplexity
+            assert rung.perplexity == pytest.approx(measured, rel=0.01)
+        heads.append(report.model.lm_head.state_dict())
+    assert report.end_to_end.startswith("of the largest size alone: 10 steps")
+    fitted, distilled = heads
+    changed = {name for name, tensor in fitted.items() if not torch.equal(tensor, distilled[name])}
+    assert changed == {"codebook", "codebook_bias"}  # none of a smaller size
 
 
 def test_an_interrupted_conversion_goes_on(tiny_folder, options, tmp_path, monkeypatch):
     whole = convert_to_vq(tiny_folder, distill_steps=10, **options)
     options = options | {"distill_steps": 10, "distill_state": tmp_path / "state"}
-    save, judge = distillation.save_state, distillation.held_out_kl
+    save, judge = training.save_state, distillation.held_out_kl
     judged = []
 
     def interrupt(file, *arguments):
@@ -124,11 +133,11 @@ def test_an_interrupted_conversion_goes_on(tiny_folder, options, tmp_path, monke
         if file.name == "state.77":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(distillation, "save_state", interrupt)
+    monkeypatch.setattr(training, "save_state", interrupt)
     with pytest.raises(KeyboardInterrupt, match="^$"):
         convert_to_vq(tiny_folder, **options)
     assert {file.name for file in tmp_path.iterdir()} == {"state.38", "state.77"}
-    monkeypatch.setattr(distillation, "save_state", save)
+    monkeypatch.setattr(training, "save_state", save)
 
     def watch(head, *arguments):
         judged.append(head.num_codebooks)
@@ -140,6 +149,50 @@ def test_an_interrupted_conversion_goes_on(tiny_folder, options, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
     for name, tensor in whole.model.lm_head.state_dict().items():
         assert torch.equal(again.model.lm_head.state_dict()[name], tensor)
+
+
+def test_a_conversion_interrupted_in_its_last_stage_goes_on_there(
+    tiny_folder, options, tmp_path, monkeypatch
+):
+    options = options | {"nested": NESTED[:2], "distill_steps": 4, "embeddings": "vq"}
+    options |= {"input_distill_steps": 3}
+    whole = convert_to_vq(tiny_folder, **options)
+    options["distill_state"] = tmp_path / "state"
+    save, told = training.save_state, []
+
+    def interrupt(file, stage, *arguments):
+        save(file, stage, *arguments)
+        if stage == END_TO_END:
+            raise KeyboardInterrupt
+
+    def record(file, stage, *arguments):
+        save(file, stage, *arguments)
+        told.append((file.name, stage))
+
+    monkeypatch.setattr(training, "save_state", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        convert_to_vq(tiny_folder, **options)
+    assert {file.name for file in tmp_path.iterdir()} == {"state.38", "state.77"}
+    monkeypatch.setattr(training, "save_state", record)
+    again = convert_to_vq(tiny_folder, **options)
+    # No size is distilled again, and of three checks the first was made before.
+    assert told == [("state.77", END_TO_END)] * 2
+    assert list(tmp_path.iterdir()) == []
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor)
+
+
+def test_a_state_file_where_the_sizes_are_not_distilled(tiny_folder, options, tmp_path):
+    report = convert_to_vq(
+        tiny_folder,
+        distill_steps=0,
+        embeddings="vq",
+        input_distill_steps=3,
+        distill_state=tmp_path / "state",
+        **options,
+    )
+    assert report.fit["end to end"]["steps"] == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_no_state_is_told_before_the_fit(
@@ -171,6 +224,7 @@ def test_room_is_checked_for_the_codebooks_of_all_sizes(
     [
         ({"bits": 8}, "`nested` and `bits` both choose the size"),
         ({"method": "residual"}, "does not apply to method 'residual'"),
+        ({"max_perplexity_increase": 0.1}, "`nested` and `max_perplexity_increase` both choose"),
         ({"ladder": True}, "`nested` and `ladder` contradict"),
         ({"embeddings": "tied"}, "`nested` does not go with `embeddings` 'tied'"),
         ({"nested": [0.9]}, "at least two reductions"),

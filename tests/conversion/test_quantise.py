@@ -78,8 +78,13 @@ def test_the_seed_decides_what_is_redrawn():
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize(("code_type", "learnt"), [("sign", True), ("index", False)])
-def test_codes_of_signs_are_learnt_in_the_metric_of_the_fit(code_type, learnt, monkeypatch):
+@pytest.mark.parametrize(
+    ("code_type", "options", "learnt"),
+    [("sign", {}, True), ("sign", {"learn_codes": False}, False), ("index", {}, False)],
+)
+def test_codes_of_signs_are_learnt_in_the_metric_of_the_fit(
+    code_type, options, learnt, monkeypatch
+):
     parts = take_apart(tiny_model("llama"))
     blocks = torch.randint(3, 96, (40, 9))
     quantiser = Quantiser(parts, Corpus(blocks, blocks, "text", "text", []), seed=3)
@@ -96,7 +101,7 @@ def test_codes_of_signs_are_learnt_in_the_metric_of_the_fit(code_type, learnt, m
         return Distillation(5, 0.2, 0.1)
 
     monkeypatch.setattr(quantise, "distill", record)
-    quantiser.distill(head, 5, statistics)
+    quantiser.distill(head, 5, statistics, **options)
     assert (given["metric"] is not None) == learnt
     if learnt:
         wanted = token_metric(parts.weight, statistics, bias=parts.bias)

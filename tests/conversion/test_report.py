@@ -6,7 +6,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from hf_vqlogits.conversion.card import model_card, plot
+from hf_vqlogits.conversion.coverage import TextCoverage
 from hf_vqlogits.conversion.report import (
+    Candidate,
     ConversionReport,
     LadderRung,
     NestedRung,
@@ -194,6 +196,92 @@ def test_card_tells_how_a_size_inside_is_loaded(of_several_sizes):
     assert f"```python\n{call}\n```" in card
     assert "| 501 | 99.0% | 501 | 5.0 MB | 1036.04 |" in card
     assert "Sizes that were compared" not in card
+
+
+def test_what_was_distilled_of_several_sizes(of_several_sizes):
+    done = {"steps": 9, "kl_before": 0.3, "kl_after": 0.2, "stopped": None}
+    of_several_sizes.fit |= {"distillation": done, "end to end": done | {"steps": 8}}
+    assert of_several_sizes.distillation.startswith("of each size; of the whole 9 steps; diverg")
+    assert of_several_sizes.end_to_end.startswith("of the largest size alone: 8 steps; divergence")
+
+
+@pytest.fixture
+def searched(report):
+    report.max_perplexity_increase = 0.02
+    report.candidates = [
+        Candidate(696, 765.6, 0.9861, 1.0312, None, None, False),
+        Candidate(720, 792.0, 0.9857, 1.0256, 1.0211, False, False),
+        Candidate(736, 809.6, 0.9853, 1.0241, 1.0196, True, True),
+        Candidate(12_800, 14_080.0, 0.7456, 1.0101, 1.00909, True, False),
+    ]
+    return report
+
+
+CELLS = [
+    ["696", "766", "98.6%", "x1.0312", "", ""],
+    ["720", "792", "98.6%", "x1.0256", "x1.0211", "no"],
+    ["736", "810", "98.5%", "x1.0241", "x1.0196", "chosen"],
+    ["12,800", "14,080", "74.6%", "x1.0101", "x1.0091", "yes"],
+]
+
+
+def test_candidates_fit_80_columns(searched):
+    lines = printed(searched, 80).splitlines()
+    [start] = (i for i, line in enumerate(lines) if line.startswith("sizes tried for a perplexity"))
+    assert lines[start].strip() == "sizes tried for a perplexity of at most +2%"
+    rows = [line.strip("│").split("│") for line in lines[start:] if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == CELLS
+
+
+def test_candidates_in_card_and_json(searched):
+    card = model_card(searched)
+    assert "Sizes tried for a perplexity of at most +2%:" in card
+    for cells in CELLS:
+        assert "| " + " | ".join(cells) + " |" in card
+    values = json.loads(searched.to_json())
+    assert values["max_perplexity_increase"] == 0.02
+    assert values["candidates"][1] == {
+        "num_codebooks": 720,
+        "bits_per_token": 792.0,
+        "param_reduction": 0.9857,
+        "fit_factor": 1.0256,
+        "factor": 1.0211,
+        "passed": False,
+        "chosen": False,
+    }
+
+
+def test_coverage_is_told_everywhere(report):
+    assert "coverage" not in printed(report, 200)
+    report.coverage = {
+        "evaluation": TextCoverage(25_000, 0.0812, 1.07),
+        "own_text": TextCoverage(2_016, 0.293, 3.672),
+    }
+    report.likely_vocabulary = 0.084
+    told = (
+        "coverage of the evaluation text: 8.1% of its tokens never occur in the calibration text, "
+        "mean square of its hidden states x1.07",
+        "coverage of what the model writes by itself: 29.3% of its tokens never",
+        "tokens that the calibration text makes likely: 8.4%",
+    )
+    for shown in (printed(report, 200), model_card(report)):
+        for part in told:
+            assert part in shown.replace("\n", " ")
+    values = json.loads(report.to_json())
+    assert values["coverage"]["own_text"] == {"tokens": 2_016, "unseen": 0.293, "hidden": 3.672}
+    assert values["likely_vocabulary"] == 0.084
+
+
+@pytest.mark.parametrize(
+    ("rereadings", "told"),
+    [
+        (0, "WikiText-2, 100,000 tokens\n"),
+        (2, "100,000 tokens, read again 2x with tokens redrawn\n"),
+    ],
+)
+def test_card_tells_how_often_the_text_was_read(report, rereadings, told):
+    report.calibration["rereadings"] = rereadings
+    assert told in model_card(report)
 
 
 def test_card_is_markdown_with_front_matter(report, rung):

@@ -167,7 +167,7 @@ def test_tiles_and_blocks_of_large_layers_give_equal_quality(monkeypatch):
 
 def test_memory_grows_neither_with_the_text_nor_with_vocabulary_times_bits(monkeypatch):
     """Beside the codes, which are bytes: no float matrix N x V, and none V x R."""
-    vocab, size, bits, positions = 20_000, 64, 200, 4_000
+    vocab, size, bits, positions = 20_000, 64, 200, 10_000
     monkeypatch.setattr(signs, "ALTERNATIONS", 1)  # each uses the same memory
     weight = torch.randn(vocab, size, generator=torch.Generator().manual_seed(0))
     hidden = hidden_states(positions, size)

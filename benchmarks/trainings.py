@@ -1,0 +1,233 @@
+"""Models of one case and their trainings, each made once and kept in a work folder."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_vqlogits import VQLogitsHead
+from hf_vqlogits.conversion.calibration import CalibrationStatistics
+from hf_vqlogits.conversion.quantise import Quantiser
+from hf_vqlogits.conversion.sizes import HeadSize, choose_size
+
+from .models import dense_model, fit_head, quantised_model
+from .pairing import Run, choose_rate
+from .protocol import Case
+from .training import Schedule, fine_tune, first_tokens, judge, training_rows
+from .work_folder import WorkFolder
+
+HELD_EVERY = 20
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the comparison.
+
+    Attributes:
+        name: short, as on the command line.
+        method: of the converter; None is the dense model.
+        reduction: share of the output layer's parameters that it saves.
+        embeddings: `"keep"` or `"tied"`.
+    """
+
+    name: str
+    method: str | None = None
+    reduction: float = 0.0
+    embeddings: str = "keep"
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row(DENSE),
+        Row("signs-99", "signs", 0.99),
+        Row("signs-98", "signs", 0.98),
+        Row("signs-96", "signs", 0.96),
+        Row("tied-98", "signs", 0.98, "tied"),
+        Row("tied-96", "signs", 0.96, "tied"),
+        Row("kmeans-99", "kmeans", 0.99),
+    )
+}
+
+
+class Bench:
+    """Models of one case, their trainings, and what of these is done.
+
+    Args:
+        case: model and text.
+        work: folder of what is done.
+        rows: of the benchmark.
+        schedule: of every training; its `head_factor` is part of a run's name.
+        rates: learning rates to choose from.
+        seeds: of the trainings, the first that of the choice.
+        distill_steps: of every head.
+        evaluation_tokens: of each text.
+        tell: prints a line after every training.
+        fit_seed: of the fit and the distillation.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        work: WorkFolder,
+        rows: Sequence[Row],
+        *,
+        schedule: Schedule,
+        rates: Sequence[float],
+        seeds: Sequence[int],
+        distill_steps: int,
+        evaluation_tokens: int,
+        tell: Callable[[str], None] = print,
+        fit_seed: int = 0,
+    ):
+        self.case, self.rows = case, rows
+        self._work, self._schedule = work, schedule
+        self.rates, self.seeds = rates, seeds
+        self._distill_steps, self._tell = distill_steps, tell
+        self._seconds: dict[str, list[float]] = {}
+        self.texts = {
+            text: first_tokens(blocks, evaluation_tokens)
+            for text, blocks in case.evaluation.items()
+        }
+        train, self._held = hold_out(case.calibration)
+        self._text = training_rows(train, schedule.context)
+        self._quantiser = Quantiser(
+            case.parts, replace(case.corpus(), calibration=train), fit_seed, show_progress=True
+        )
+
+    def head(self, row: Row) -> tuple[HeadSize, VQLogitsHead]:
+        """The fitted and distilled head of a row; rows of one size share it."""
+        method = row.method
+        assert method is not None
+        vocab_size, hidden_size = self.case.parts.weight.shape
+        size = choose_size(
+            method,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            param_reduction=row.reduction,
+        )
+        name = f"head-{method}-{row.reduction}"
+
+        def make() -> dict[str, Any]:
+            statistics = self._statistics()
+            fitted = self._work.tensors(
+                f"{name}-fitted",
+                lambda: fit_head(self._quantiser, method, size, statistics).state_dict(),
+            )
+            head = self._empty_head(size, fitted)
+            state_file = self._work.path(f"{name}-distillation.pt")
+            self._quantiser.distill(head, self._distill_steps, statistics, state_file=state_file)
+            return head.state_dict()
+
+        return size, self._empty_head(size, self._work.tensors(name, make))
+
+    def _statistics(self) -> CalibrationStatistics:
+        """Of the calibration text: the longest step of all, so kept as well."""
+
+        def make() -> dict[str, Any]:
+            return vars(self._quantiser.calibrate(keep_states=True))
+
+        return CalibrationStatistics(**self._work.tensors("statistics", make))
+
+    def _empty_head(self, size: HeadSize, state: Mapping[str, Tensor]) -> VQLogitsHead:
+        head = VQLogitsHead(self._quantiser.config(size))
+        head.load_state_dict(state)
+        return head.to(self.case.parts.weight.device)
+
+    def model(self, row: Row) -> PreTrainedModel:
+        """A fresh copy of a row's model."""
+        if row.method is None:
+            return dense_model(self.case.parts)
+        size, head = self.head(row)
+        return quantised_model(self._quantiser, size, head, embeddings=row.embeddings)
+
+    def untuned(self, row: Row) -> Run:
+        """A row's model before any training."""
+        return self._work.result(f"{row.name}-untuned", lambda: self._judged(self.model(row)))
+
+    def run(self, row: Row, rate: float, seed: int) -> Run:
+        """A training."""
+
+        def make() -> dict[str, Any]:
+            start = time.perf_counter()
+            model = self.model(row)
+            losses = fine_tune(model, self._text, self._schedule, learning_rate=rate, seed=seed)
+            held = judge(model, {"held out": self._held})["held out"].nats
+            return {
+                "row": row.name,
+                "rate": rate,
+                "seed": seed,
+                "held_out_nats": held,
+                "first_loss": losses[0],
+                "last_loss": losses[-1],
+                **self._judged(model),
+                "seconds": time.perf_counter() - start,
+            }
+
+        name = self.run_name(row, rate, seed)
+        done = self._work.has(name)
+        found = self._work.result(name, make)
+        if not done:
+            self._tell_of(row, found)
+        return found
+
+    def run_name(self, row: Row, rate: float, seed: int) -> str:
+        """Name of a training in the work folder."""
+        factor = "" if row.method is None else f"-factor{self._schedule.head_factor:g}"
+        return f"{row.name}-rate{rate:g}{factor}-seed{seed}"
+
+    def trials(self, row: Row) -> list[Run]:
+        """Trainings of a row at every rate, with the first seed."""
+        return [self.run(row, rate, self.seeds[0]) for rate in self.rates]
+
+    def trained(self, row: Row) -> dict[int, Run]:
+        """Trainings of a row at the rate that was best with the first seed, by seed."""
+        rate = choose_rate(self.trials(row))
+        return {seed: self.run(row, rate, seed) for seed in self.seeds}
+
+    def missing(self, row: Row) -> int:
+        """Trainings of a row that are still to be made."""
+        first, *others = self.seeds
+        undone = sum(not self._work.has(self.run_name(row, rate, first)) for rate in self.rates)
+        if undone:
+            return undone + len(others)
+        rate = choose_rate(self.trials(row))
+        return sum(not self._work.has(self.run_name(row, rate, seed)) for seed in others)
+
+    def _tell_of(self, row: Row, run: Run) -> None:
+        """Say how a training went, and how long the missing ones will take at this pace."""
+        self._seconds.setdefault(row.name, []).append(run["seconds"])
+        every = [seconds for some in self._seconds.values() for seconds in some]
+        missing = {one.name: self.missing(one) for one in self.rows}
+        left = sum(count * mean(self._seconds.get(name, every)) for name, count in missing.items())
+        self._tell(
+            f"{row.name}, rate {run['rate']:g}, seed {run['seed']}: {run['seconds']:.0f} s, loss "
+            f"{run['held_out_nats']:.4f} on text kept out; {sum(missing.values())} trainings "
+            f"left, about {left / 60:.0f} min beside fits"
+        )
+
+    def _judged(self, model: PreTrainedModel) -> dict[str, Any]:
+        return {
+            "texts": {
+                text: {
+                    "nats": score.nats,
+                    "tokens": score.tokens,
+                    "choices": score.choices.tolist(),
+                }
+                for text, score in judge(model, self.texts).items()
+            }
+        }
+
+
+def hold_out(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Text to train on, and every `HELD_EVERY`-th row, or the last of fewer, to choose rates by."""
+    held = torch.zeros(len(blocks), dtype=torch.bool)
+    held[HELD_EVERY - 1 :: HELD_EVERY] = True
+    held[-1] |= not bool(held.any())
+    return blocks[~held], blocks[held]
