@@ -29,7 +29,16 @@ libraries = [
     library(
         "hf_vqlogits.ops._expand",
         "hf_vqlogits/ops/csrc/expand.cpp",
-        ("coding", "parallel", "tables_avx512", "tables_plain"),
+        (
+            "coding",
+            "kernel_avx512",
+            "kernel_bytes",
+            "layout",
+            "parallel",
+            "tables_kernel",
+            "tables_plain",
+            "top",
+        ),
     ),
     library("hf_vqlogits.conversion._sign_search", "conversion/csrc/sign_search.cpp"),
 ]

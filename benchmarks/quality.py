@@ -169,11 +169,6 @@ def main() -> None:
     options = p.parse_args()
     rows: list[dict[str, Any]] = []
     skipped: list[Any] = []
-    for name in [options.only] if options.only else MODELS:
-        case = load_case(name, options.data, options.models, quick=options.quick)
-        more_rows, more_skipped = measure(case, seed=options.seed, quick=options.quick)
-        rows += more_rows
-        skipped += more_skipped
     result = record(
         "quality",
         *PEER_PACKAGES,
@@ -183,8 +178,14 @@ def main() -> None:
         rows=rows,
         skipped=skipped,
     )
-    write(result, options.output)
-    plot(rows, options.output.with_suffix(".png"))
+    for name in [options.only] if options.only else MODELS:
+        case = load_case(name, options.data, options.models, quick=options.quick)
+        more_rows, more_skipped = measure(case, seed=options.seed, quick=options.quick)
+        rows += more_rows
+        skipped += more_skipped
+        # After each model: a run of an hour should not lose the first for the second.
+        write(result, options.output)
+        plot(rows, options.output.with_suffix(".png"))
     show(rows, skipped)
 
 

@@ -16,7 +16,7 @@ from .coverage import EVALUATION_TEXT, OWN_TEXT, CoverageMeter, TextCoverage, wa
 from .environment import machine, versions
 from .families import assemble
 from .quantise import Quantiser
-from .report import ConversionReport, LadderRung, last_part
+from .report import ConversionReport, LadderRung, NestedRung, last_part
 from .sizes import HeadSize
 from .source import Source
 from .streaming import hidden_states
@@ -49,7 +49,7 @@ def assess(
         embedding: the quantised input embedding, likewise; None where the dense one stays.
         method: that made the head.
         embeddings: how the embedding was made.
-        rungs: heads of other sizes to compare with.
+        rungs: heads of other sizes to compare with; where `size` holds smaller ones, these.
 
     Returns:
         The report, with the model.
@@ -70,7 +70,9 @@ def assess(
     meter = CoverageMeter(statistics, corpus.calibration)
     coverage: dict[str, TextCoverage] = {}
     with quantiser.timed("evaluation"):
-        scores = _scores(quantiser, head, rungs, meter, coverage)
+        # With a quantised embedding the sizes inside are judged behind that, below.
+        alone = rungs if embedding is None else {}
+        scores = _scores(quantiser, head, alone, meter, coverage)
         if corpus.own is not None:
             own = hidden_states(parts.backbone, corpus.own, skip=corpus.own_unscored)
             coverage |= meter.measure(own, OWN_TEXT)
@@ -79,7 +81,8 @@ def assess(
     with quantiser.timed("evaluation"):
         if embedding is not None:
             scores[HEAD_ALONE] = scores[QUANTISED]
-            scores[QUANTISED] = _converted_score(quantiser, head, scores["dense"])
+            for name, one in {QUANTISED: head, **{str(s): h for s, h in rungs.items()}}.items():
+                scores[name] = _converted_score(quantiser, one, scores["dense"])
         times = logit_times(parts.weight, parts.bias, head)
         rung_times = {s: logit_times(parts.weight, parts.bias, h) for s, h in rungs.items()}
     vocab_size, hidden_size = parts.weight.shape
@@ -118,6 +121,7 @@ def assess(
             "bytes": storage["total_bytes"],
             "codes_bytes": storage["codes_bytes"],
             "codebook_bytes": storage["codebook_bytes"],
+            "nested_bytes": storage["nested_bytes"],
         },
         model_parameters={"before": before[0], "after": after[0]},
         model_bytes={"before": before[1], "after": after[1]},
@@ -152,9 +156,19 @@ def assess(
         report.perplexity_bound = perplexity_bound(
             head.codes, corpus.evaluation[:, 1 + corpus.unscored :]
         )
-    report.ladder = [
-        _rung(s, h, scores, rung_times[s][QUANTISED], dense_parameters) for s, h in rungs.items()
+    compared = [
+        _rung(h, scores[str(s)], dense, rung_times[s][QUANTISED], dense_parameters)
+        for s, h in rungs.items()
     ]
+    if size.nested_codebooks:
+        compared.append(_rung(head, quantised, dense, times[QUANTISED], dense_parameters))
+        bits = (*size.nested_codebooks, size.num_codebooks)
+        report.nested = [
+            NestedRung(**vars(rung), num_codebooks=r)
+            for rung, r in zip(compared, bits, strict=True)
+        ]
+    else:
+        report.ladder = compared
     return report
 
 
@@ -227,20 +241,16 @@ def _notes(quantiser: Quantiser, head: VQLogitsHead, embeddings: str) -> list[st
 
 
 def _rung(
-    size: HeadSize,
-    head: VQLogitsHead,
-    scores: dict[str, HeadScore],
-    seconds: float,
-    dense_parameters: int,
+    head: VQLogitsHead, score: HeadScore, dense: HeadScore, seconds: float, dense_parameters: int
 ) -> LadderRung:
-    storage, score = head.storage(), scores[str(size)]
+    storage = head.storage()
     return LadderRung(
         param_reduction=1 - storage["float_parameters"] / dense_parameters,
         bits_per_token=storage["bits_per_token"],
         bits_per_weight=storage["bits_per_weight"],
         bytes=storage["total_bytes"],
         perplexity=score.perplexity,
-        perplexity_factor=score.perplexity / scores["dense"].perplexity,
+        perplexity_factor=score.perplexity / dense.perplexity,
         greedy_agreement=score.agreement,
         logit_seconds=seconds,
     )

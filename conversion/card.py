@@ -8,10 +8,13 @@ from huggingface_hub import ModelCardData
 from .report import (
     CANDIDATE_COLUMNS,
     LADDER_COLUMNS,
+    NESTED_COLUMNS,
     ConversionReport,
+    LadderRung,
     candidate_cells,
     ladder_cells,
     last_part,
+    nested_cells,
 )
 
 PLOT_FILE = "vq_report.png"
@@ -37,8 +40,19 @@ tokenizer = AutoTokenizer.from_pretrained("{title}")
 ![before and after]({plot})
 
 {facts}
-{sizes}{notes}
+{nested}{sizes}{notes}
 All figures and the versions behind them are in `vq_report.json`.
+"""
+NESTED = """
+The output layer holds smaller ones, of fewer bits a token R. One of them is loaded by
+
+```python
+model = {call}
+```
+
+and saves as a checkpoint of its own.
+
+{table}
 """
 
 
@@ -52,6 +66,10 @@ def model_card(report: ConversionReport) -> str:
         cells = [candidate_cells(candidate) for candidate in report.candidates]
         table = _table(CANDIDATE_COLUMNS, cells)
         sizes += f"\n{report.search_title.capitalize()}:\n\n{table}\n"
+    nested = ""
+    if report.nested:
+        cells = [nested_cells(rung) for rung in report.nested]
+        nested = NESTED.format(call=report.loading_of_a_size(), table=_table(NESTED_COLUMNS, cells))
     notes = "".join(f"- {note}\n" for note in report.notes)
     metadata = ModelCardData(
         library_name="transformers",
@@ -80,6 +98,7 @@ def model_card(report: ConversionReport) -> str:
         before_after=_table(("", "before", "after"), report.rows()),
         plot=PLOT_FILE,
         facts="".join(f"- {name}: {value}\n" for name, value in report.facts()),
+        nested=nested,
         sizes=sizes,
         notes=f"\nNotes:\n\n{notes}" if notes else "",
     )
@@ -91,7 +110,7 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def plot(report: ConversionReport, path: Path) -> None:
-    """Draw the before/after bars, and the ladder's curve when there is one.
+    """Draw the before/after bars, and the curve over sizes where there are several.
 
     Args:
         report: of a conversion.
@@ -112,7 +131,8 @@ def plot(report: ConversionReport, path: Path) -> None:
         )
     if report.perplexity is not None:
         bars.append(("perplexity", report.perplexity["before"], report.perplexity["after"]))
-    panels = len(bars) + bool(report.ladder)
+    rungs: list[LadderRung] = [*report.ladder, *report.nested]
+    panels = len(bars) + bool(rungs)
     figure = Figure(figsize=(3.2 * panels, 3.2), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis, (name, before, after) in zip(axes, bars, strict=False):
@@ -121,14 +141,14 @@ def plot(report: ConversionReport, path: Path) -> None:
         axis.set_title(name, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.15)
-    if report.ladder:
-        _plot_ladder(axes[-1], report)
+    if rungs:
+        _plot_rungs(axes[-1], rungs)
     figure.suptitle(f"{report.source}, {report.bits_per_token:,.0f} bits a token", fontsize=11)
     figure.savefig(path, dpi=120)
 
 
-def _plot_ladder(axis, report: ConversionReport) -> None:
-    rungs = sorted(report.ladder, key=lambda rung: rung.bytes)
+def _plot_rungs(axis, rungs: list[LadderRung]) -> None:
+    rungs = sorted(rungs, key=lambda rung: rung.bytes)
     megabytes = [rung.bytes / 1e6 for rung in rungs]
     factors = [rung.perplexity_factor for rung in rungs]
     axis.plot(megabytes, factors, "o-", color="#2b6cb0")

@@ -206,7 +206,11 @@ def sizes_to_choose_from(
 
 
 def check_choice(
-    increase: float, method: str, embeddings: str, state_file: Path | None, **sizes: float | None
+    increase: float,
+    method: str,
+    embeddings: str,
+    state_file: Path | None,
+    **sizes: float | Sequence[float] | None,
 ) -> None:
     """Check `max_perplexity_increase` and the options beside it.
 

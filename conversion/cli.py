@@ -57,6 +57,13 @@ def parser() -> argparse.ArgumentParser:
         help="the smallest head that raises the perplexity by at most this share, 0.02 for 2%% "
         "(signs)",
     )
+    size.add_argument(
+        "--nested",
+        type=_reductions,
+        metavar="SHARE,SHARE",
+        help="several shares to save; the smallest is the size that is written, and it holds the "
+        "others, each of which can be loaded (signs); takes the time of as many conversions",
+    )
     size.add_argument("--num-codebooks", type=int, help="codebooks (residual)")
     size.add_argument("--codebook-size", type=int, help="codewords of a codebook (index codes)")
     p.add_argument(
@@ -123,6 +130,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print the report as JSON")
     p.add_argument("--push-to-hub", metavar="REPO", help="upload the output to this repository")
     return p
+
+
+def _reductions(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"shares must be numbers with commas between them, as in 0.99,0.98; got {text!r}"
+        ) from None
 
 
 def main(argv: list[str] | None = None) -> int:

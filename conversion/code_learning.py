@@ -35,7 +35,7 @@ from hf_vqlogits.ops.eager import FINE_FACTOR
 from .metric import TokenMetric
 from .precision import product_dtype
 from .sign_codebook import tiles
-from .sign_search import SearchEffort, search_signs
+from .sign_search import SearchEffort, free_bits, search_signs
 
 FLIPS = 5  # of a token and an iteration
 PRIOR = 1.0  # n, positions
@@ -116,7 +116,9 @@ def slope_in_scores(
 
 
 @torch.no_grad()
-def move_codes(head: VQLogitsHead, metric: TokenMetric, slope: Slope, damping: float) -> None:
+def move_codes(
+    head: VQLogitsHead, metric: TokenMetric, slope: Slope, damping: float, frozen: int = 0
+) -> None:
     """Flip the bits that lower the majorised divergence, in place.
 
     Args:
@@ -124,6 +126,7 @@ def move_codes(head: VQLogitsHead, metric: TokenMetric, slope: Slope, damping: f
         metric: of the fit, in the order of the vocabulary.
         slope: at this head.
         damping: lambda.
+        frozen: bits of each code, the first ones, that stay.
     """
     codebook, levels = whitened_codebook(head, metric), levels_of(head)
     weight = slope.curvature + PRIOR
@@ -142,13 +145,14 @@ def move_codes(head: VQLogitsHead, metric: TokenMetric, slope: Slope, damping: f
         single[ids] = False
         both = torch.cat([signs[ids], unpack_signs(head.fine_codes, bits, dtype=torch.int8)], 1)
         words = torch.cat([codebook, FINE_FACTOR * codebook])
-        search_signs(aim.tokens(ids), both, words, effort=effort)
+        free = free_bits(frozen, bits, bits)
+        search_signs(aim.tokens(ids), both, words, effort=effort, free=free)
         signs[ids] = both[:, :bits]
         head.fine_codes.copy_(pack_signs(both[:, bits:]))
     rest = single.nonzero().squeeze(1)
     if len(rest):
         part = signs[rest]
-        search_signs(aim.tokens(rest), part, codebook, effort=effort)
+        search_signs(aim.tokens(rest), part, codebook, effort=effort, free=free_bits(frozen, bits))
         signs[rest] = part
     head.codes.copy_(pack_signs(signs))
 
@@ -164,10 +168,8 @@ def levels_of(head: VQLogitsHead) -> Tensor:
 
 def whitened_codebook(head: VQLogitsHead, metric: TokenMetric) -> Tensor:
     """The head's codebook (R, D) in the coordinates of the metric."""
-    words = head.score_scale * head.codebook.detach().float()
-    biases = head.score_scale * head.codebook_bias.detach().float() + words @ metric.mean
-    whitened = torch.linalg.solve(metric.unwhiten.T, words.T).T
-    return torch.cat([whitened, biases[:, None]], 1).contiguous()
+    words, biases = (t.detach().float() for t in (head.codebook, head.codebook_bias))
+    return metric.whitened_form(head.score_scale * words, head.score_scale * biases)
 
 
 def slope_of_postprocess(head: VQLogitsHead, logits: Tensor) -> Tensor:

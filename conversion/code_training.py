@@ -6,7 +6,8 @@ token at most. Every eighth position is kept out of the sums; codes that raise t
 latest of those are not taken, and the next move is half as long.
 
 Codes are buffers: parameters stay the same objects, and with them the optimiser's state. All
-processes of a distributed training take part in a step and end with the same codes.
+processes of a distributed training take part in a step and end with the same codes. Bits of smaller
+heads inside stay, for they belong to codebooks that the training leaves alone.
 """
 
 import logging
@@ -65,7 +66,8 @@ class CodeLearner:
 
     What it sums up takes the memory of two dense output layers in float32; a move takes, in the
     first process, some six more while it lasts. Works with one process, DDP and FSDP 2, gradient
-    accumulation, checkpointed activations and mixed precision.
+    accumulation, checkpointed activations and mixed precision. Where the head holds smaller ones
+    (`nested_codebooks`), only the bits that come after theirs are moved.
 
     Args:
         model: with a trainable [`VQLogitsHead`], wrapped or not; or that head.
@@ -202,7 +204,8 @@ class CodeLearner:
         moved = whole(head)
         if _rank() == 0:
             metric = sums.metric(moved)
-            move_codes(moved, metric, sums.slope(metric), self.damping)
+            frozen = max(moved.nested_codebooks, default=0)
+            move_codes(moved, metric, sums.slope(metric), self.damping, frozen)
         if _processes() > 1:
             # Not into the head's own tensors: edits by collectives are not counted, and layouts
             # derived from the codes would stay those of the old ones.
@@ -285,6 +288,7 @@ def whole(head: VQLogitsHead) -> VQLogitsHead:
         num_codebooks=head.num_codebooks,
         codebook_size=head.codebook_size,
         num_fine_tokens=head.num_fine_tokens,
+        nested_codebooks=head.nested_codebooks,
         logit_scale=head.logit_scale,
         final_logit_softcapping=head.final_logit_softcapping,
         vocab_size=head.out_features,

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
 from .held_out import check_length, long_enough
+from .nested_sizes import check_nested, choose_nested_size
+from .nesting import nested_heads, state_files
 from .quantise import LADDER, REREADINGS, Quantiser
 from .report import ConversionReport
 from .selection import select_head
@@ -54,6 +57,7 @@ def convert_to_vq(
     bits: int | None = None,
     bits_per_weight: float | None = None,
     max_perplexity_increase: float | None = None,
+    nested: Sequence[float] | None = None,
     num_codebooks: int | None = None,
     codebook_size: int | None = None,
     fine_share: float | None = None,
@@ -93,6 +97,10 @@ def convert_to_vq(
             evaluation text, after its distillation, by at most this share, 0.02 for 2% (signs,
             with `embeddings` `"keep"` and without `distill_state`). Several heads are fitted and
             up to four distilled.
+        nested: several `param_reduction` instead, of which the smallest is the size that holds the
+            others: each is loaded by its `num_codebooks` (signs, not with `embeddings` `"tied"`).
+            Each is fitted and distilled, in the time of as many conversions; `input_distill_steps`
+            train the input embedding with the largest one.
         num_codebooks: G (index codes).
         codebook_size: K (index codes).
         fine_share: share of the tokens that have a second code, those that count most (signs);
@@ -107,7 +115,8 @@ def convert_to_vq(
         distill_steps: steps, of about a thousand positions each, of training codes and codebook
             towards the dense layer; default 256 for signs where the text is long enough, else 0.
         distill_state: file that keeps the state of the distillation, so that the same call goes on
-            after an interrupt; removed at the end.
+            after an interrupt; removed at the end. With `nested` one for each size, of this name
+            with the size's bits behind it.
         embeddings: `"keep"`: the input embedding stays as it is; `"vq"`: it gets sign codes and a
             codebook of its own; `"tied"`: it takes those of the output layer, in models whose two
             sides are one table.
@@ -141,9 +150,14 @@ def convert_to_vq(
         "codebook_size": codebook_size,
         "fine_share": fine_share,
     }
+    choosing = {name: value for name, value in sizes.items() if name != "fine_share"}
+    if nested is not None:
+        increase = {"max_perplexity_increase": max_perplexity_increase}
+        check_nested(nested, method, embeddings, ladder=ladder, **increase, **choosing)
     if max_perplexity_increase is not None:
-        given = {name: value for name, value in sizes.items() if name != "fine_share"}
-        check_choice(max_perplexity_increase, method, embeddings, state_file, **given)
+        check_choice(
+            max_perplexity_increase, method, embeddings, state_file, nested=nested, **choosing
+        )
     check_size_options(method, **sizes)
     _check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
     input_distill_steps = _check_input_steps(input_distill_steps, embeddings)
@@ -163,11 +177,19 @@ def convert_to_vq(
     parts = take_apart(source.model)
     vocab_size, hidden_size = parts.weight.shape
     choices = []
-    if max_perplexity_increase is None:
-        size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
-    else:
+    if max_perplexity_increase is not None:
         choices = sizes_to_choose_from(vocab_size, hidden_size, fine_share)
         size = choices[-1]  # the largest that may be written
+    elif nested is not None:
+        size = choose_nested_size(
+            nested, vocab_size=vocab_size, hidden_size=hidden_size, fine_share=fine_share
+        )
+    else:
+        size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
+    files = {} if state_file is None else state_files(size, state_file)
+    if nested is not None:
+        for file in files.values():
+            check_state_file(file, distill_steps, input_distill_steps)
     steps = _ladder_sizes(vocab_size, hidden_size, fine_share) if ladder else []
     check_embeddings(embeddings, parts)
     embedding_bits = choose_embedding_bits(embeddings, parts, size, embedding_bits)
@@ -202,12 +224,15 @@ def convert_to_vq(
             distill_steps=distill_steps,
         )
         size, head, rungs = selection.size, selection.head, selection.rungs
+    elif nested is not None:
+        rungs = nested_heads(quantiser, size, statistics, distill_steps=distill_steps, files=files)
+        head = rungs.pop(size)
     else:
         with quantiser.timed("fit"):
             head, rungs = _fit(quantiser, method, size, steps, statistics)
         if distill_steps:
             with quantiser.timed("distillation"):
-                quantiser.distill(head, distill_steps, statistics, state_file=state_file)
+                quantiser.distill(head, distill_steps, statistics, state_file=files.get(size))
     embedding = None
     if embedding_bits is not None:
         with quantiser.timed("input embedding"):
@@ -215,7 +240,7 @@ def convert_to_vq(
     if embedding is not None and input_distill_steps:
         with quantiser.timed("end-to-end distillation"):
             quantiser.distill_end_to_end(
-                head, embedding, input_distill_steps, state_file=state_file
+                head, embedding, input_distill_steps, state_file=files.get(size)
             )
     report = assess(
         quantiser,
@@ -235,8 +260,8 @@ def convert_to_vq(
         # Again: hours have passed, and something may have appeared there.
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
         _write(folder, report, source)
-    if state_file is not None:
-        state_file.unlink(missing_ok=True)
+    for file in files.values():
+        file.unlink(missing_ok=True)
     if push_to_hub is not None:
         _push(folder, push_to_hub)
     return report

@@ -41,6 +41,7 @@ def distill(
     teacher: Logits,
     steps: int,
     metric: TokenMetric | None = None,
+    frozen_bits: int = 0,
     seed: int = 0,
     learning_rate: float | None = None,
     state_file: Path | None = None,
@@ -55,6 +56,7 @@ def distill(
         teacher: the original logits (n, V) of hidden states (n, d).
         steps: of about a thousand positions each.
         metric: of the fit; without one, or with index codes, the codes stay.
+        frozen_bits: bits of each code, the first ones, that stay: those of a smaller head inside.
         seed: of the order of the text and of what is kept out.
         learning_rate: of Adam, in units of the codebook's root mean square; falls to zero along
             half a cosine. Default: by the divergence of the start and the number of codebooks.
@@ -71,11 +73,11 @@ def distill(
             another run.
     """
     training = _HeadTraining(head, states, teacher, steps, seed, notify, advance)
-    options = (steps, seed, learning_rate)
+    options = (steps, seed, learning_rate, frozen_bits)
     key = fingerprint([*head.state_dict().values(), states.blocks], options)
     training.begin(state_file, HEAD, key)
     if metric is not None and head.code_type == "sign":
-        training.learn_codes(metric, int(CODE_SHARE * steps))
+        training.learn_codes(metric, int(CODE_SHARE * steps), frozen_bits)
     if learning_rate is None:
         learning_rate = training.rate(head.num_codebooks)
     training.train_codebook(learning_rate)
@@ -110,19 +112,20 @@ class _HeadTraining(Training):
         super().restore(state)
         self._damping, self._code_steps_made = state["damping"], state["code_steps_made"]
 
-    def learn_codes(self, metric: TokenMetric, steps: int) -> None:
+    def learn_codes(self, metric: TokenMetric, steps: int, frozen_bits: int) -> None:
         """Majorise-minimise; codes that made it worse are taken back, and the next move less.
 
         Args:
             metric: of the fit.
             steps: at most; fewer where no move however small helps.
+            frozen_bits: bits of each code, the first ones, that stay.
         """
         head = self._head
         while self._code_steps_made < steps and self._damping <= MOST_DAMPING:
             first, last = self._code_steps_made, min(self._code_steps_made + CODE_STEPS, steps)
             hidden = self._advancing(first, last)
             slope = slope_of_divergence(head, metric, self._teacher, hidden)
-            move_codes(head, metric, slope, self._damping)
+            move_codes(head, metric, slope, self._damping, frozen_bits)
             if not self.judge(last):
                 self.take_back()
                 self._damping *= 2

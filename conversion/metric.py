@@ -78,6 +78,11 @@ class TokenMetric:
         vectors = codebook[:, :-1] @ self.unwhiten
         return vectors, codebook[:, -1] - vectors @ self.mean
 
+    def whitened_form(self, vectors: Tensor, biases: Tensor) -> Tensor:
+        """The inverse of [`product_form`]: (R, d) and (R,) to (R, D)."""
+        whitened = torch.linalg.solve(self.unwhiten.T, vectors.T).T
+        return torch.cat([whitened, (biases + vectors @ self.mean)[:, None]], 1).contiguous()
+
 
 def token_metric(
     weight: Tensor,

@@ -31,7 +31,7 @@ from .families import SourceParts, head_config
 from .metric import TokenMetric, token_metric
 from .precision import product_dtype
 from .redrawing import draw_tokens, redraw
-from .signs import SignFitter
+from .signs import SignFit, SignFitter
 from .sizes import HeadSize
 from .streaming import KeptStates
 from .training import Advance, Notify
@@ -132,12 +132,24 @@ class Quantiser:
         )
 
     def sign_head(
-        self, size: HeadSize, statistics: CalibrationStatistics, fitter: SignFitter
+        self,
+        size: HeadSize,
+        statistics: CalibrationStatistics,
+        fitter: SignFitter,
+        *,
+        inside: SignFit | None = None,
     ) -> VQLogitsHead:
-        """A sign-coded head, refined from the greedy prefix of the fitter."""
-        fit = fitter.fit(size.num_codebooks, size.num_fine_tokens)
+        """A sign-coded head, refined from the greedy prefix of the fitter, or around a smaller fit.
+
+        Args:
+            size: of the head.
+            statistics: of the calibration text.
+            fitter: of [`sign_fitter`].
+            inside: a smaller fit, whose bits are the first ones of the head's.
+        """
+        fit = fitter.fit(size.num_codebooks, size.num_fine_tokens, inside=inside)
         self.details[f"signs {size.num_codebooks}"] = fit.details
-        return self._head(size, statistics, fit)
+        return self.head_of(size, statistics, fit)
 
     def index_head(
         self, size: HeadSize, method: str, statistics: CalibrationStatistics
@@ -154,7 +166,7 @@ class Quantiser:
             progress=self.progress,
         )
         self.details[method] = fit.details
-        return self._head(size, statistics, fit)
+        return self.head_of(size, statistics, fit)
 
     def distill(
         self,
@@ -163,7 +175,9 @@ class Quantiser:
         statistics: CalibrationStatistics,
         *,
         learn_codes: bool = True,
+        frozen_bits: int = 0,
         state_file: Path | None = None,
+        name: str = "distillation",
     ) -> None:
         """Train the head's codes and codebook towards the dense layer.
 
@@ -172,7 +186,9 @@ class Quantiser:
             steps: of about a thousand positions each.
             statistics: of the calibration text.
             learn_codes: sign codes as well; without, they stay and the codebook has all steps.
+            frozen_bits: bits of each code, the first ones, that stay.
             state_file: where an interrupted run is kept.
+            name: in `details`.
         """
         parts = self.parts
         metric = None
@@ -185,12 +201,13 @@ class Quantiser:
                 teacher=_teacher(parts),
                 steps=steps,
                 metric=metric,
+                frozen_bits=frozen_bits,
                 seed=self.seed,
                 state_file=state_file,
                 notify=notify,
                 advance=advance,
             )
-        self.details["distillation"] = vars(done)
+        self.details[name] = vars(done)
 
     def distill_end_to_end(
         self,
@@ -282,10 +299,12 @@ class Quantiser:
             num_codebooks=size.num_codebooks,
             codebook_size=size.codebook_size,
             num_fine_tokens=size.num_fine_tokens,
+            nested_codebooks=size.nested_codebooks,
             **fields,
         )
 
-    def _head(self, size: HeadSize, statistics: CalibrationStatistics, fit: Any) -> VQLogitsHead:
+    def head_of(self, size: HeadSize, statistics: CalibrationStatistics, fit: Any) -> VQLogitsHead:
+        """The head of a fit; it has to be given the smaller ones that its size holds."""
         with torch.device("meta"):  # no random tensors that are replaced at once
             head = VQLogitsHead(self.config(size))
         device = self.parts.weight.device

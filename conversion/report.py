@@ -31,6 +31,17 @@ class LadderRung:
 
 
 @dataclass
+class NestedRung(LadderRung):
+    """One size of a checkpoint that holds several; `bytes` are those that loading it reads.
+
+    Attributes:
+        num_codebooks: R, by which it is loaded.
+    """
+
+    num_codebooks: int
+
+
+@dataclass
 class Candidate:
     """A size that a search tried. Factors are of the perplexity of the evaluation text.
 
@@ -74,7 +85,8 @@ class ConversionReport:
         bits_per_weight: that over d.
         param_reduction: 1 - floats of codebook and biases / (V d), as the paper counts.
         head_before: `parameters` and `bytes` of the dense output layer.
-        head_after: `parameters`, `bytes`, and of these `codes_bytes` and `codebook_bytes`.
+        head_after: `parameters`, `bytes`, and of these `codes_bytes`, `codebook_bytes`, and
+            `nested_bytes` of the codebooks of smaller heads inside.
         model_parameters: `before` and `after`, of the whole model; codes are none.
         model_bytes: `before` and `after`, of all that a checkpoint stores.
         embeddings: what became of the input embedding: `"keep"`, `"vq"` or `"tied"`.
@@ -96,6 +108,7 @@ class ConversionReport:
         fit: what the method tells of itself.
         seconds: time of each step.
         ladder: sizes compared, with `--ladder`.
+        nested: sizes that the output layer holds, with `--nested`; the last one is the whole.
         max_perplexity_increase: the option that chose the size, or None.
         candidates: sizes tried for it, smallest first.
         versions: of Python and packages.
@@ -139,6 +152,7 @@ class ConversionReport:
     fit: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     ladder: list[LadderRung] = field(default_factory=list)
+    nested: list[NestedRung] = field(default_factory=list)
     max_perplexity_increase: float | None = None
     candidates: list[Candidate] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -182,6 +196,7 @@ class ConversionReport:
                 f"{megabytes(after['bytes'])} "
                 f"({ratio(before['bytes'], after['bytes'], 'smaller', 'larger')})",
             ),
+            *self._nested_rows(),
             *self._embedding_rows(),
             (
                 "whole model, parameters",
@@ -225,6 +240,12 @@ class ConversionReport:
             )
         return rows
 
+    def _nested_rows(self) -> list[tuple[str, str, str]]:
+        if not self.nested:
+            return []
+        size = megabytes(self.head_after["nested_bytes"])
+        return [("of these, codebooks of smaller sizes", "", size)]
+
     def _embedding_rows(self) -> list[tuple[str, str, str]]:
         before, after = self.embedding_before, self.embedding_after
         if self.embeddings == "keep":
@@ -257,20 +278,21 @@ class ConversionReport:
     @property
     def distillation(self) -> str | None:
         """How codes and codebook were trained, or None where they were not."""
-        return self._told("distillation", "the dense layer")
+        return self._told("distillation", "the dense layer", "of each size; of the whole ")
 
     @property
     def end_to_end(self) -> str | None:
         """How the codebooks of both sides were trained through the body, or None."""
-        return self._told("end to end", "the original model")
+        return self._told("end to end", "the original model", "of the largest size alone: ")
 
-    def _told(self, stage: str, teacher: str) -> str | None:
+    def _told(self, stage: str, teacher: str, of_several: str) -> str | None:
         done = self.fit.get(stage)
         if done is None:
             return None
         early = f"; ended early: {done['stopped']}" if done["stopped"] else ""
+        which = of_several if self.nested else ""
         return (
-            f"{done['steps']:,} steps; divergence from {teacher} {done['kl_before']:.3g} -> "
+            f"{which}{done['steps']:,} steps; divergence from {teacher} {done['kl_before']:.3g} -> "
             f"{done['kl_after']:.3g} nats a token, on text kept out of it{early}"
         )
 
@@ -280,6 +302,9 @@ class ConversionReport:
             codes = f"sign, R = {self.num_codebooks:,}"
             if self.num_fine_tokens:
                 codes += f", a second code for {self.num_fine_tokens:,} tokens"
+            if self.nested:
+                inside = ", ".join(f"{rung.num_codebooks:,}" for rung in self.nested[:-1])
+                codes += f"; inside it R = {inside}"
         else:
             codes = f"index, G = {self.num_codebooks:,}, K = {self.codebook_size:,}"
         vocabulary = f"V = {self.vocab_size:,}, d = {self.hidden_size:,}"
@@ -327,11 +352,20 @@ class ConversionReport:
         if self.ladder:
             rungs = [ladder_cells(rung) for rung in self.ladder]
             console.print(_grid("sizes to choose from", LADDER_COLUMNS, rungs))
+        if self.nested:
+            rungs = [nested_cells(rung) for rung in self.nested]
+            console.print(_grid("sizes inside", NESTED_COLUMNS, rungs))
+            console.print(f"load one of them: {self.loading_of_a_size()}", highlight=False)
         if self.candidates:
             tried = [candidate_cells(candidate) for candidate in self.candidates]
             console.print(_grid(self.search_title, CANDIDATE_COLUMNS, tried))
         for note in self.notes:
             console.print(f"[yellow]note[/yellow]: {note}", highlight=False)
+
+    def loading_of_a_size(self) -> str:
+        """A call that loads the smallest size inside."""
+        name, bits = last_part(self.output or "model"), self.nested[0].num_codebooks
+        return f'AutoModelForCausalLM.from_pretrained("{name}", num_codebooks={bits})'
 
     @property
     def search_title(self) -> str:
@@ -374,6 +408,24 @@ def ladder_cells(rung: LadderRung) -> tuple[str, ...]:
         f"{rung.greedy_agreement:.1%}",
         milliseconds(rung.logit_seconds),
     )
+
+
+NESTED_COLUMNS = (
+    "R",
+    "saved",
+    "bits a token",
+    "bytes loaded",
+    "perplexity",
+    "factor",
+    "same token",
+    "one row",
+)
+
+
+def nested_cells(rung: NestedRung) -> tuple[str, ...]:
+    """A size as text, in the order of `NESTED_COLUMNS`."""
+    saved, bits, _, size, *judged = ladder_cells(rung)
+    return (f"{rung.num_codebooks:,}", saved, bits, size, *judged)
 
 
 CANDIDATE_COLUMNS = (

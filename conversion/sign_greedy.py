@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .metric import TokenMetric
+from .sign_codebook import tiles
 
 POWER_ITERATIONS = 2
 BLOCK = 16
@@ -68,16 +69,18 @@ def extend_greedily(
 
     Args:
         metric: rows and weights.
-        signs: (V, R0) int8, R0 may be 0.
+        signs: (V, R0), +1 and -1 or other levels, of any type; R0 may be 0.
         codebook: (R0, D).
         bits: R, how many there shall be.
         generator: of the first directions of each block.
         progress: wraps the iteration over blocks.
 
     Returns:
-        signs (V, R) int8 and codebook (R, D).
+        signs (V, R), int8 where the given ones are, and codebook (R, D).
     """
-    residual = metric.rows - signs.float() @ codebook
+    residual = metric.rows.clone()
+    for tile in tiles(len(signs)):
+        residual[tile].addmm_(signs[tile].float(), codebook, alpha=-1)
     size = min(BLOCK, residual.shape[1])
     parts, words, done = [signs], [codebook], len(codebook)
     for start in progress(range(done, bits, size)):

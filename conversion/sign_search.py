@@ -5,7 +5,8 @@ the error is a quadratic in its signs s. With e = x - C^T s, u = C m, A = C C^T 
 g = C e + u (m . e), flipping bit k changes it by 4 (s_k g_k + A_kk + u_k^2), and afterwards
 g += 2 s_k (A_k + u_k u): the best single flip costs R operations to find and R to make. Tabu
 search (Glover, 1989) always makes the best flip, even one for the worse, forbids to undo it for a
-while, and keeps the best codes met.
+while, and keeps the best codes met. Where some bits are frozen, e is that of all bits, and A, u and
+g are those of the free ones.
 
 The compiled search takes about a microsecond a flip and R = 1,000; without it the same search
 runs in torch, all tokens of a tile in step, which suits a GPU and is slow on a processor.
@@ -53,6 +54,7 @@ def search_signs(
     *,
     effort: SearchEffort,
     seed: int = 0,
+    free: Tensor | None = None,
     progress: Callable[[Iterable[slice]], Iterable[slice]] = iter,
 ) -> None:
     """Search the codes of every token, in place; no token's error grows.
@@ -63,22 +65,41 @@ def search_signs(
         codebook: (R, D).
         effort: how long.
         seed: of the lengths of the bans.
+        free: (n,) int64, the bits that may flip; default all.
         progress: wraps the iteration over tiles of tokens.
     """
     compiled = _library() if signs.device.type == "cpu" else None
-    gram = codebook @ codebook.T
+    words = codebook if free is None else codebook[free]
+    gram = words @ words.T
     if compiled is not None:
         padded = -(-len(gram) // LANES) * LANES
         gram = torch.nn.functional.pad(gram, (0, padded - len(gram))).contiguous()
     for tile in progress(tiles(len(signs))):
         difference = torch.addmm(metric.rows[tile], signs[tile].float(), codebook, alpha=-1)
-        context = metric.context[tile] @ codebook.T  # (n, R)
+        context = metric.context[tile] @ words.T  # (n, free bits)
         along = (difference * metric.context[tile]).sum(1, keepdim=True)
-        slope = torch.addcmul(difference @ codebook.T, along, context)
+        slope = torch.addcmul(difference @ words.T, along, context)
+        part = signs[tile] if free is None else signs[tile][:, free].contiguous()
         if compiled is None:
-            search_tile(gram, slope, context, signs[tile], effort, seed + tile.start)
+            search_tile(gram, slope, context, part, effort, seed + tile.start)
         else:
-            _search_compiled(compiled, gram, slope, context, signs[tile], effort, seed, tile.start)
+            _search_compiled(compiled, gram, slope, context, part, effort, seed, tile.start)
+        if free is not None:
+            signs[tile, free] = part
+
+
+def free_bits(frozen: int, *widths: int) -> Tensor | None:
+    """What [`search_signs`] takes as `free` where the first bits of each of several codes are not.
+
+    Args:
+        frozen: how many bits of each code.
+        widths: bits of the codes, which lie side by side.
+    """
+    if not frozen:
+        return None
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    parts = [torch.arange(s + frozen, s + w) for s, w in zip(starts, widths, strict=True)]
+    return torch.cat(parts)
 
 
 def search_tile(

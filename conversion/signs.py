@@ -9,7 +9,9 @@ on calibration text (`metric.py`), in three stages:
 3. Codes (`sign_search.py`): tabu search for a given codebook, token by token.
 
 Stages 2 and 3 alternate a fixed number of times, which makes them end at a joint optimum that no
-prefix shares: every size is refined on its own.
+prefix shares: every size is refined on its own, unless it is to hold a smaller one. Then the bits
+of that one stay, the new ones start greedily on what it leaves, and the search moves these alone;
+the codebook is solved for as a whole, so that each size has one of its own.
 
 The tokens that count most may have a second, fine code of half the weight. By the theory of rate
 and distortion a token that counts four times as much deserves d bits more, and bits cost no
@@ -30,14 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_vqlogits.ops import pack_signs
+from hf_vqlogits.ops import pack_signs, unpack_signs
 from hf_vqlogits.ops.eager import FINE_FACTOR
 
 from .calibration import CalibrationStatistics
 from .metric import TokenMetric, token_metric
 from .sign_codebook import error_of, solve_codebook, tiles
 from .sign_greedy import extend_greedily
-from .sign_search import SearchEffort, search_signs
+from .sign_search import SearchEffort, free_bits, search_signs
 
 ALTERNATIONS = 10
 FINE_FROM = 5  # alternation in which the second codes come in
@@ -153,18 +155,22 @@ class SignFitter:
         self._greedy_seconds += time.perf_counter() - start
 
     @torch.no_grad()
-    def fit(self, num_codebooks: int, num_fine_tokens: int = 0) -> SignFit:
+    def fit(
+        self, num_codebooks: int, num_fine_tokens: int = 0, *, inside: SignFit | None = None
+    ) -> SignFit:
         """Sign codes of one size, refined from the greedy prefix.
 
         Args:
             num_codebooks: R, bits a token.
             num_fine_tokens: F, how many tokens have a second code: those that count most.
+            inside: a smaller fit of the same layer, whose bits are the first ones of the result.
 
         Returns:
             The fit.
 
         Raises:
-            ValueError: `num_codebooks` below 1, or `num_fine_tokens` not within 0..V.
+            ValueError: `num_codebooks` below 1 or not above that of `inside`, or `num_fine_tokens`
+                not within 0..V or other tokens than those of `inside`.
         """
         metric = self._metric
         if not 0 <= num_fine_tokens <= len(metric.rows):
@@ -172,12 +178,18 @@ class SignFitter:
                 f"`num_fine_tokens` must lie between 0 and {len(metric.rows)}, got "
                 f"{num_fine_tokens}."
             )
-        self.greedy(num_codebooks)
-        signs = self._signs[:, :num_codebooks].clone(memory_format=torch.contiguous_format)
-        codebook = self._codebook[:num_codebooks]
-        fine = signs[:0]
-        seconds = {"greedy": self._greedy_seconds, "codebook": 0.0, "search": 0.0}
-        error_greedy = error_of(metric, signs, codebook)
+        frozen = 0 if inside is None else len(inside.codebook)
+        if inside is None:
+            self.greedy(num_codebooks)
+            greedy_seconds = self._greedy_seconds
+            signs = self._signs[:, :num_codebooks].clone(memory_format=torch.contiguous_format)
+            codebook, fine = self._codebook[:num_codebooks], signs[:num_fine_tokens, :0]
+        else:
+            start = time.perf_counter()
+            signs, fine, codebook = self._extended(inside, num_codebooks, num_fine_tokens)
+            greedy_seconds = time.perf_counter() - start
+        seconds = {"greedy": greedy_seconds, "codebook": 0.0, "search": 0.0}
+        error_greedy = error_of(metric, _levels(signs, fine), codebook)
 
         def solved(iterations: int) -> Tensor:
             start = time.perf_counter()
@@ -192,8 +204,9 @@ class SignFitter:
             seed = self._seed * ALTERNATIONS + alternation
             if alternation == FINE_FROM:
                 first = metric.tokens(slice(num_fine_tokens))
-                fine = _first_fine_signs(first, signs[:num_fine_tokens], codebook)
-            _search(metric, signs, fine, codebook, seed)
+                found = _first_fine_signs(first, _levels(signs, fine), codebook)
+                fine = torch.cat([fine, found[:, frozen:]], 1)
+            _search(metric, signs, fine, codebook, seed, frozen)
             seconds["search"] += time.perf_counter() - start
         codebook = solved(FINAL_ITERATIONS)
         vectors, biases = metric.product_form(codebook)
@@ -204,6 +217,38 @@ class SignFitter:
             "seconds": seconds,
         }
         return self._in_order(signs, fine, vectors, biases, details)
+
+    def _extended(
+        self, inside: SignFit, num_codebooks: int, num_fine_tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Signs (V, R), the first ones those of a smaller fit, its fine ones (F, R0), codebook."""
+        frozen, device = len(inside.codebook), self._order.device
+        if num_codebooks <= frozen:
+            raise ValueError(
+                f"`num_codebooks` {num_codebooks} must be above the {frozen} of the fit that it is "
+                "to hold."
+            )
+        ids, place = self._order[:num_fine_tokens].sort()
+        held = ids[:0] if inside.fine_ids is None else inside.fine_ids.to(ids)
+        if not torch.equal(ids, held):
+            raise ValueError(
+                f"`num_fine_tokens` {num_fine_tokens} must name the tokens with a second code in "
+                f"the fit that is to be held, which has {len(held)}."
+            )
+        signs = unpack_signs(inside.codes.to(device)[self._order], frozen, dtype=torch.int8)
+        fine = signs[:num_fine_tokens].clone()
+        if inside.fine_codes is not None:
+            fine[place] = unpack_signs(inside.fine_codes.to(device), frozen, dtype=torch.int8)
+        vectors, biases = inside.codebook.to(device), inside.codebook_bias.to(device)
+        levels, codebook = extend_greedily(
+            self._metric,
+            _levels(signs, fine),
+            self._metric.whitened_form(vectors, biases),
+            num_codebooks,
+            generator=torch.Generator().manual_seed(self._seed),
+            progress=self._progress("greedy codes"),
+        )
+        return torch.cat([signs, levels[:, frozen:].to(torch.int8)], 1), fine, codebook
 
     def _in_order(
         self, signs: Tensor, fine: Tensor, vectors: Tensor, biases: Tensor, details: dict[str, Any]
@@ -219,33 +264,46 @@ class SignFitter:
         return SignFit(codes, vectors, biases, fine_ids.int(), fine_codes, details)
 
 
-def _search(metric: TokenMetric, signs: Tensor, fine: Tensor, codebook: Tensor, seed: int) -> None:
-    """Search both codes of the first tokens and the one of the others, in place."""
-    split, bits = len(fine), len(codebook)
-    rest = metric.tokens(slice(split, None))
-    search_signs(rest, signs[split:], codebook, effort=EFFORT, seed=seed)
+def _search(
+    metric: TokenMetric, signs: Tensor, fine: Tensor, codebook: Tensor, seed: int, frozen: int
+) -> None:
+    """Search both codes of the first tokens and the one of the others, in place.
+
+    The second codes may be shorter than the first ones, or have no bits yet.
+    """
+    bits, fine_bits = len(codebook), fine.shape[1]
+    split = len(fine) if fine_bits else 0
+    rest, free = metric.tokens(slice(split, None)), free_bits(frozen, bits)
+    search_signs(rest, signs[split:], codebook, effort=EFFORT, seed=seed, free=free)
     if split:
         both = torch.cat([signs[:split], fine], 1)
-        words = torch.cat([codebook, FINE_FACTOR * codebook])
-        first = metric.tokens(slice(split))
-        search_signs(first, both, words, effort=FINE_EFFORT, seed=seed)
+        words = torch.cat([codebook, FINE_FACTOR * codebook[:fine_bits]])
+        first, free = metric.tokens(slice(split)), free_bits(frozen, bits, fine_bits)
+        search_signs(first, both, words, effort=FINE_EFFORT, seed=seed, free=free)
         signs[:split], fine[:] = both[:, :bits], both[:, bits:]
 
 
-def _first_fine_signs(metric: TokenMetric, signs: Tensor, codebook: Tensor) -> Tensor:
-    """Signs (F, R) of the slope of the error: codewords that point to what the first codes miss."""
-    parts = [signs[:0]]
-    for tile in tiles(len(signs)):
-        difference = torch.addmm(metric.rows[tile], signs[tile].float(), codebook, alpha=-1)
+def _first_fine_signs(metric: TokenMetric, levels: Tensor, codebook: Tensor) -> Tensor:
+    """Signs (F, R) of the slope of the error: codewords that point to what the codes miss.
+
+    Args:
+        metric: of the F tokens.
+        levels: (F, R) or of more tokens, which the codes so far give the codewords.
+        codebook: (R, D).
+    """
+    parts = [levels[:0].to(torch.int8)]
+    for tile in tiles(len(metric.rows)):
+        codes = levels[: len(metric.rows)][tile].float()
+        difference = torch.addmm(metric.rows[tile], codes, codebook, alpha=-1)
         slope = metric.pull(difference, tile) @ codebook.T
         parts.append(torch.where(slope < 0, -1, 1).to(torch.int8))
     return torch.cat(parts)
 
 
 def _levels(signs: Tensor, fine: Tensor) -> Tensor:
-    """What multiplies the codewords, (V, R): signs, plus half of those of the first tokens."""
-    if not len(fine):
+    """What multiplies the codewords, (V, R): signs, plus half of the first tokens' second ones."""
+    if not fine.numel():
         return signs
     levels = signs.to(torch.bfloat16)  # exact: +-0.5, +-1, +-1.5
-    levels[: len(fine)].add_(fine, alpha=FINE_FACTOR)
+    levels[: len(fine), : fine.shape[1]].add_(fine, alpha=FINE_FACTOR)
     return levels

@@ -1,6 +1,6 @@
 """How large a head a user asks for: from options to numbers of codebooks and codewords."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import ConversionError
@@ -30,12 +30,25 @@ class HeadSize:
         num_codebooks: R for sign codes, G for index codes.
         codebook_size: K, 2 for sign codes.
         num_fine_tokens: F, how many tokens have a second sign code.
+        nested_codebooks: R of smaller heads inside, ascending.
     """
 
     code_type: str
     num_codebooks: int
     codebook_size: int
     num_fine_tokens: int = 0
+    nested_codebooks: tuple[int, ...] = ()
+
+    def holding(self, nested_codebooks: tuple[int, ...]) -> "HeadSize":
+        """This size with smaller ones inside."""
+        return replace(self, nested_codebooks=nested_codebooks)
+
+    @property
+    def rungs(self) -> list["HeadSize"]:
+        """The sizes inside, each with those inside it, and this one at the end."""
+        nested = self.nested_codebooks
+        inside = [replace(self.holding(nested[:i]), num_codebooks=r) for i, r in enumerate(nested)]
+        return [*inside, self]
 
     @property
     def stored_codewords(self) -> int:
@@ -58,7 +71,8 @@ class HeadSize:
             itemsize: bytes of a float.
         """
         statistics = 2 * hidden_size  # mean hidden state and fold direction
-        floats = self.stored_codewords * (hidden_size + 1) + statistics
+        codewords = self.stored_codewords + sum(self.nested_codebooks)
+        floats = codewords * (hidden_size + 1) + statistics
         fine = self.num_fine_tokens * (self.code_bytes + FINE_ID_BYTES)
         return vocab_size * self.code_bytes + fine + floats * itemsize
 

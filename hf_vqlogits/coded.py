@@ -69,10 +69,17 @@ class CodedLayer(nn.Module):
         for name, value in self.initial_tensors().items():
             getattr(self, name).copy_(value)
 
-    def _initial_codebook(self) -> Tensor:
-        """Normal codewords with the deviation that gives rows that of a dense layer at 0.02."""
-        deviation = 0.02 / (self.score_scale * self.num_codebooks**0.5)
-        return torch.randn(self.codebook.shape, device="cpu") * deviation
+    def _initial_codebook(self, nested_bits: int | None = None) -> Tensor:
+        """Normal codewords with the deviation that gives rows that of a dense layer at 0.02.
+
+        Args:
+            nested_bits: R of a smaller layer inside; default the whole one.
+        """
+        shape, terms = tuple(self.codebook.shape), self.num_codebooks
+        if nested_bits is not None:
+            shape, terms = (nested_bits, *shape[1:]), nested_bits
+        deviation = 0.02 / (score_scale(terms) * terms**0.5)
+        return torch.randn(shape, device="cpu") * deviation
 
     def _initial_sign_codes(self) -> dict[str, Tensor]:
         """Uniform codes; second ones are of the first tokens."""

@@ -1,5 +1,6 @@
 """Configuration of a causal language model with a vector-quantised output layer."""
 
+import itertools
 import math
 from typing import Any
 
@@ -31,6 +32,9 @@ class VQLogitsConfig(PreTrainedConfig):
             K: 2 for sign codes (+c and -c, of which only c is stored), 1 to V for index codes.
         num_fine_tokens (`int`, *optional*, defaults to 0):
             F, how many tokens have a second sign code, which counts half; 0 to V.
+        nested_codebooks (`list[int]`, *optional*, defaults to `[]`):
+            R of smaller heads inside, ascending and below `num_codebooks` (sign codes). Loading
+            with `num_codebooks` as one of them gives that head.
         logit_scale (`float`, *optional*, defaults to 1.0):
             Factor that the family applies to its logits (Cohere's `logit_scale`, the inverse of
             Granite's `logits_scaling`).
@@ -70,6 +74,7 @@ class VQLogitsConfig(PreTrainedConfig):
     num_codebooks: int = 512
     codebook_size: int = 2
     num_fine_tokens: int = 0
+    nested_codebooks: list[int] | tuple[int, ...] = ()
     logit_scale: float | int = 1.0
     final_logit_softcapping: float | int | None = None
     embeddings: str = "keep"
@@ -90,12 +95,26 @@ class VQLogitsConfig(PreTrainedConfig):
                     "config.json that holds it is not of a VQ-Logits checkpoint: convert the model "
                     "with `convert_to_vq` first."
                 )
+        self.nested_codebooks = list(self.nested_codebooks)
         self.tie_word_embeddings = self.tie_word_embeddings or self.embeddings == "tied"
         sign_head = self.code_type == "sign"
         if self.embeddings == "vq" and self.embedding_codebooks is None and sign_head:
             self.embedding_codebooks = self.num_codebooks
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build it as [`PreTrainedConfig.from_dict`] does; a smaller size given holds less."""
+        made = super().from_dict(config_dict, **kwargs)
+        config: VQLogitsConfig = made[0] if isinstance(made, tuple) else made
+        config.keep_codebooks(config.num_codebooks)
+        return made
+
+    def keep_codebooks(self, num_codebooks: int) -> None:
+        """Describe the head of so many codebooks, with what that can hold inside."""
+        self.num_codebooks = num_codebooks
+        self.nested_codebooks = [bits for bits in self.nested_codebooks if bits < num_codebooks]
 
     @property
     def vocab_size(self) -> int:
@@ -158,6 +177,7 @@ class VQLogitsConfig(PreTrainedConfig):
                 f"`num_fine_tokens` must lie between 0 and the vocabulary size {self.vocab_size}, "
                 f"got {self.num_fine_tokens}."
             )
+        self._validate_nested()
         if not 0 < self.logit_scale < math.inf:
             raise ValueError(f"`logit_scale` must be positive and finite, got {self.logit_scale}.")
         cap = self.final_logit_softcapping
@@ -166,6 +186,27 @@ class VQLogitsConfig(PreTrainedConfig):
                 f"`final_logit_softcapping` must be positive and finite, or None, got {cap}."
             )
         self._validate_embeddings()
+
+    def _validate_nested(self) -> None:
+        nested = self.nested_codebooks
+        if not nested:
+            return
+        if self.code_type != "sign":
+            raise ValueError(
+                f"`nested_codebooks` must be empty for index codes, got {nested}: smaller heads "
+                "are the first bits of sign codes."
+            )
+        bounds = [0, *nested, self.num_codebooks]
+        if any(one >= other for one, other in itertools.pairwise(bounds)):
+            raise ValueError(
+                "`nested_codebooks` must ascend, from at least 1 to less than `num_codebooks` "
+                f"{self.num_codebooks}, got {nested}."
+            )
+        if self.embeddings == "tied":
+            raise ValueError(
+                f"`nested_codebooks` must be empty with `embeddings` 'tied', got {nested}: the "
+                "table that both sides share is of one size."
+            )
 
     def _validate_embeddings(self) -> None:
         if self.embeddings not in EMBEDDINGS:

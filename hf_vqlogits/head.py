@@ -16,8 +16,12 @@ With scores = score_scale (hidden . codebook + codebook_bias) and score_scale ab
 a token's output vector is the mean of the codewords that its code names. Were it their sum, a step
 of Adam, which moves every codeword by the learning rate, would move it up to G (R) times as far as
 a row of a dense layer. G = 1 is the VQ-Logits paper's layer.
+
+A head of sign codes may hold smaller ones (`nested.py`): their codes are the first bits, and each
+has a codebook of its own, which is no parameter and takes no part until the head is cut to it.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .coded import WHERE_FROM, CodedLayer, score_scale
+from .nested import check_stored, cut_codes
 from .ops import eager
 
 
@@ -37,6 +42,11 @@ class HeadConfig(Protocol):
     num_fine_tokens: int
     logit_scale: float
     final_logit_softcapping: float | None
+
+    @property
+    def nested_codebooks(self) -> Sequence[int]:
+        """R of the smaller heads inside, ascending."""
+        ...
 
     @property
     def vocab_size(self) -> int:
@@ -60,6 +70,9 @@ class VQLogitsHead(CodedLayer):
         codebook_bias: parameter, sign codes (R,), index codes (G, K).
         score_scale: the power of two nearest to 1 / G (1 / R for sign codes), by which scores are
             multiplied; a power of two costs no digit (but of subnormal float16 numbers).
+        nested_codebooks: R of the smaller heads inside, ascending. The one of r bits has the
+            buffers `codebook_{r}` (r, d) and `codebook_bias_{r}` (r,), in units of its own
+            `score_scale`.
         codes: buffer, sign codes uint8 (V, ceil(R / 8)), bit r of a token in bit r % 8 of byte
             r // 8, 1 meaning +1; index codes (V, G), uint8 up to K = 256, else int32.
         fine_codes: buffer uint8 (F, ceil(R / 8)), second sign codes of F tokens; None without.
@@ -101,6 +114,10 @@ class VQLogitsHead(CodedLayer):
             codes = torch.empty(config.vocab_size, self.num_codebooks, dtype=dtype)
         self.codebook = nn.Parameter(torch.empty(*shape, self.in_features))
         self.codebook_bias = nn.Parameter(torch.empty(*shape))
+        self.nested_codebooks = list(config.nested_codebooks)
+        for bits in self.nested_codebooks:
+            self.register_buffer(f"codebook_{bits}", torch.empty(bits, self.in_features))
+            self.register_buffer(f"codebook_bias_{bits}", torch.empty(bits))
         self._register_codes(codes, config.num_fine_tokens)
         self.register_buffer("hidden_mean", torch.empty(self.in_features))
         self.register_buffer("fold_direction", torch.empty(self.in_features))
@@ -123,13 +140,71 @@ class VQLogitsHead(CodedLayer):
             shape = tuple(self.codes.shape)
             drawn = torch.randint(0, self.codebook_size, shape, device="cpu")
             codes = {"codes": drawn.to(self.codes.dtype)}
+        nested = {}
+        for bits in self.nested_codebooks:
+            nested[f"codebook_{bits}"] = self._initial_codebook(bits)
+            nested[f"codebook_bias_{bits}"] = torch.zeros(bits, device="cpu")
         return {
             "codebook": self._initial_codebook(),
             "codebook_bias": torch.zeros(self.codebook_bias.shape, device="cpu"),
+            **nested,
             **codes,
             "hidden_mean": torch.zeros(self.in_features, device="cpu"),
             "fold_direction": torch.zeros(self.in_features, device="cpu"),
         }
+
+    def hold(self, smaller: "VQLogitsHead") -> None:
+        """Take the codebook of a smaller head whose codes are the first bits of this one's.
+
+        Args:
+            smaller: of sign codes; its size is one of `nested_codebooks`.
+
+        Raises:
+            ValueError: this head has no room for that size, or its codes are other ones.
+        """
+        bits = smaller.num_codebooks
+        if bits not in self.nested_codebooks:
+            raise ValueError(
+                f"The head has no room for a smaller one of {bits} bits: `nested_codebooks` is "
+                f"{self.nested_codebooks}."
+            )
+        pairs = [(self.codes, smaller.codes)]
+        if self.fine_codes is not None and smaller.fine_codes is not None:
+            pairs.append((self.fine_codes, smaller.fine_codes))
+        if not all(torch.equal(cut_codes(own, bits), other) for own, other in pairs):
+            raise ValueError(
+                f"The codes of the smaller head are not the first {bits} bits of this one's."
+            )
+        setattr(self, f"codebook_{bits}", smaller.codebook.detach().clone())
+        setattr(self, f"codebook_bias_{bits}", smaller.codebook_bias.detach().clone())
+
+    @torch.no_grad()
+    def keep_codebooks(self, num_codebooks: int) -> None:
+        """Become, in place, the smaller head of that many bits; larger ones are dropped.
+
+        Codebook and biases are new parameters, so call it before an optimiser is made.
+
+        Args:
+            num_codebooks: one of `nested_codebooks`, or R, which changes nothing.
+
+        Raises:
+            ValueError: the size is not stored; names those that are.
+        """
+        check_stored(num_codebooks, [*self.nested_codebooks, self.num_codebooks], "the head")
+        if num_codebooks == self.num_codebooks:
+            return
+        for name in ("codebook", "codebook_bias"):
+            values, trained = getattr(self, f"{name}_{num_codebooks}"), getattr(self, name)
+            setattr(self, name, nn.Parameter(values, requires_grad=trained.requires_grad))
+        self.codes = cut_codes(self.codes, num_codebooks)
+        if self.fine_codes is not None:
+            self.fine_codes = cut_codes(self.fine_codes, num_codebooks)
+        for bits in [bits for bits in self.nested_codebooks if bits >= num_codebooks]:
+            self.nested_codebooks.remove(bits)
+            delattr(self, f"codebook_{bits}")
+            delattr(self, f"codebook_bias_{bits}")
+        self.num_codebooks = num_codebooks
+        self.score_scale = score_scale(num_codebooks)
 
     def scores(self, hidden_states: Tensor) -> Tensor:
         """Scores of the codewords: (N, d) -> (N, R) for sign codes, (N, G, K) for index codes."""
@@ -163,18 +238,17 @@ class VQLogitsHead(CodedLayer):
             ValueError: the last dimension of `hidden_states` is not d, or `labels` has another
                 shape than the positions.
         """
-        if hidden_states.shape[-1] != self.in_features:
-            raise ValueError(
-                f"`hidden_states` must end in the hidden size {self.in_features}, got shape "
-                f"{tuple(hidden_states.shape)}."
-            )
+        self._check_width(hidden_states)
         positions = hidden_states.shape[:-1]
         rows = hidden_states.reshape(-1, self.in_features)
         if labels is None:
-            logits = ops.expand(
-                self.scores(rows),
-                self.codes,
+            logits = ops.logits(
+                rows,
+                codebook=self.codebook,
+                codebook_bias=self.codebook_bias,
+                codes=self.codes,
                 code_type=self.code_type,
+                scale=self.score_scale,
                 fine_ids=self.fine_ids,
                 fine_codes=self.fine_codes,
             )
@@ -201,6 +275,48 @@ class VQLogitsHead(CodedLayer):
             final_logit_softcapping=self.final_logit_softcapping,
         )
         return loss.view(positions) if reduction == "none" else loss
+
+    def topk(self, hidden_states: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits of every position and their tokens, without the N x V logits.
+
+        Without gradient, and by no hook of `forward`: a head that is sharded must be gathered
+        before.
+
+        Args:
+            hidden_states: (..., d).
+            k: 1 to V.
+
+        Returns:
+            Logits in float32, descending, and tokens int64, both (..., k).
+
+        Raises:
+            ValueError: `k` is not in 1..V, or the last dimension of `hidden_states` is not d.
+        """
+        self._check_width(hidden_states)
+        values, tokens = ops.topk(
+            hidden_states.reshape(-1, self.in_features),
+            k,
+            codebook=self.codebook,
+            codebook_bias=self.codebook_bias,
+            codes=self.codes,
+            code_type=self.code_type,
+            scale=self.score_scale,
+            fine_ids=self.fine_ids,
+            fine_codes=self.fine_codes,
+        )
+        shape = (*hidden_states.shape[:-1], k)
+        return self.postprocess(values).view(shape), tokens.view(shape)
+
+    def argmax(self, hidden_states: Tensor) -> Tensor:
+        """The most likely token of every position: (..., d) -> int64 (...), as [`topk`]."""
+        return self.topk(hidden_states, 1)[1].squeeze(-1)
+
+    def _check_width(self, hidden_states: Tensor) -> None:
+        if hidden_states.shape[-1] != self.in_features:
+            raise ValueError(
+                f"`hidden_states` must end in the hidden size {self.in_features}, got shape "
+                f"{tuple(hidden_states.shape)}."
+            )
 
     def postprocess(self, logits: Tensor) -> Tensor:
         """Logits (..., V) after the family's scale and soft-cap."""
@@ -249,10 +365,11 @@ class VQLogitsHead(CodedLayer):
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
+        nested = f", nested_codebooks={self.nested_codebooks}" if self.nested_codebooks else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"code_type={self.code_type}, num_codebooks={self.num_codebooks}, "
-            f"codebook_size={self.codebook_size}, num_fine_tokens={self.num_fine_tokens}"
+            f"codebook_size={self.codebook_size}, num_fine_tokens={self.num_fine_tokens}{nested}"
         )
 
     def storage(self) -> dict[str, Any]:
@@ -261,7 +378,8 @@ class VQLogitsHead(CodedLayer):
         Returns:
             `bits_per_token` (the mean, where some tokens have a second code), `bits_per_weight`
             (that over d), `float_parameters` (codebook and biases), and bytes by part:
-            `codes_bytes` (with those of `fine_ids`), `codebook_bytes`, `total_bytes`.
+            `codes_bytes` (with those of `fine_ids`), `codebook_bytes`, `nested_bytes` (codebooks
+            of smaller heads inside), `total_bytes`.
         """
         if self.code_type == "sign":
             bits = self.num_codebooks * (1 + self.num_fine_tokens / self.out_features)
@@ -269,11 +387,14 @@ class VQLogitsHead(CodedLayer):
             bits = self.num_codebooks * (self.codebook_size - 1).bit_length()
         floats = (self.codebook, self.codebook_bias)
         codebook_bytes = sum(t.numel() * t.element_size() for t in floats)
+        nested_floats = sum(self.nested_codebooks) * (self.in_features + 1)
+        nested_bytes = nested_floats * self.codebook.element_size()
         return {
             "bits_per_token": bits,
             "bits_per_weight": bits / self.in_features,
             "float_parameters": sum(t.numel() for t in floats),
             "codes_bytes": self.codes_bytes,
             "codebook_bytes": codebook_bytes,
-            "total_bytes": self.codes_bytes + codebook_bytes,
+            "nested_bytes": nested_bytes,
+            "total_bytes": self.codes_bytes + codebook_bytes + nested_bytes,
         }

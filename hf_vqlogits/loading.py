@@ -1,14 +1,72 @@
 """Checks of a checkpoint while it is loaded: what is damaged is named, never filled in silently."""
 
+import copy
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+
+from .nested import check_stored
 
 # Statistics of the calibration text, of use to `to_dense` only: zero where a checkpoint lacks them.
 OPTIONAL_TENSORS = [r"^lm_head\.hidden_mean$", r"^lm_head\.fold_direction$"]
+
+
+# Of `from_pretrained`, where the configuration is looked for.
+PLACE = (
+    *("cache_dir", "force_download", "local_files_only", "proxies"),
+    *("revision", "subfolder", "token"),
+)
+
+
+def as_stored(
+    path: str | os.PathLike[str] | None,
+    kwargs: dict[str, Any],
+    config_class: Any,
+    *,
+    refuse_others: bool,
+) -> tuple[dict[str, Any], int | None]:
+    """Arguments of `from_pretrained` that load the head as the checkpoint has it.
+
+    Rows of codes lie side by side in a file, so that a smaller head inside is read with the whole.
+
+    Args:
+        path: of the checkpoint.
+        kwargs: the arguments; the size asked for is in `num_codebooks`, or in a `config` into which
+            the Auto classes have put it.
+        config_class: of the model.
+        refuse_others: refuse sizes that are not stored; else they change nothing here.
+
+    Returns:
+        The arguments, and the size that the model is to be cut to, or None.
+
+    Raises:
+        ValueError: no head of the size asked for is stored; names those that are.
+    """
+    config: Any = kwargs.get("config")
+    has_config = isinstance(config, PreTrainedConfig)
+    asked = getattr(config, "num_codebooks", None) if has_config else kwargs.get("num_codebooks")
+    if path is None or asked is None:
+        return kwargs, None
+    try:
+        place = {name: kwargs[name] for name in PLACE if name in kwargs}
+        stored = config_class.from_pretrained(path, **place)
+    except OSError:
+        return kwargs, None  # weights without a configuration, to which a given one belongs
+    if refuse_others:
+        sizes = [*stored.nested_codebooks, stored.num_codebooks]
+        check_stored(asked, sizes, f"the checkpoint {str(path)!r}")
+    if asked not in stored.nested_codebooks:
+        return kwargs, None
+    kwargs = {name: value for name, value in kwargs.items() if name != "num_codebooks"}
+    if has_config:
+        kwargs["config"] = config = copy.deepcopy(config)
+        config.num_codebooks = stored.num_codebooks
+        config.nested_codebooks = stored.nested_codebooks
+    return kwargs, asked
 
 
 @contextmanager

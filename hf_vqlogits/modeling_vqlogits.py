@@ -22,11 +22,13 @@ from .generation import VQLogitsGenerationMixin
 from .head import VQLogitsHead
 from .loading import (
     OPTIONAL_TENSORS,
+    as_stored,
     readable_file_errors,
     refuse_incomplete,
     refuse_mismatched,
     refuse_unexpected,
 )
+from .nested import check_stored
 from .resizing import resized_codes, resized_embedding_codes, resized_vocabulary
 from .routing import router_loss
 from .tying import TiedCodesMixin
@@ -84,12 +86,17 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint as [`PreTrainedModel.from_pretrained`] does, and check it.
 
+        With `num_codebooks` one of the checkpoint's `nested_codebooks`, that smaller head is what
+        is loaded.
+
         Raises:
             ValueError: tensors are missing, truncated, of another shape than the configuration
-                says, or hold impossible codes; the message says which.
+                says, or hold impossible codes, or no head of `num_codebooks` is stored; the message
+                says which.
         """
         path, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         keep_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs, smaller = as_stored(path, kwargs, VQLogitsConfig, refuse_others=not keep_mismatched)
         with readable_file_errors(path):
             # Transformers refuses mismatched sizes too, but names them in the log only.
             loaded: Any = super().from_pretrained(
@@ -114,7 +121,33 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
         for module in coded.values():
             if not module.codes.is_meta:
                 module.check_codes()
+        if smaller is not None:
+            model.keep_codebooks(smaller)
         return (model, info) if with_info else model
+
+    def keep_codebooks(self, num_codebooks: int) -> None:
+        """Become, in place, the model of a smaller head inside; it saves as an ordinary one.
+
+        Codebook and biases are new parameters, so call it before an optimiser is made.
+
+        Args:
+            num_codebooks: one of the configuration's `nested_codebooks`, or its own
+                `num_codebooks`, which changes nothing.
+
+        Raises:
+            ValueError: the size is not stored (the message names those that are), or the head was
+                offloaded, where it cannot be cut.
+        """
+        stored = [*self.config.nested_codebooks, self.config.num_codebooks]
+        check_stored(num_codebooks, stored, "the model")
+        for head in (module for module in self.modules() if isinstance(module, VQLogitsHead)):
+            if head.codebook.is_meta and hasattr(head, "_hf_hook"):
+                raise ValueError(
+                    f"The head cannot be cut to `num_codebooks` {num_codebooks} where it was "
+                    "offloaded; give `lm_head` a device of its own in the `device_map`."
+                )
+            head.keep_codebooks(num_codebooks)
+        self.config.keep_codebooks(num_codebooks)
 
     @classmethod
     def is_custom_code(cls) -> bool:

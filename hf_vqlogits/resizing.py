@@ -3,7 +3,8 @@
 A new token should start near the mean of the vocabulary, as Transformers' own mean resizing does
 it, and yet have a code of its own: two tokens with one code keep equal logits whatever is trained.
 So every new token starts from random bits, descends to its own nearest local minimum of the
-distance to the mean, and moves on by a few bits where another token sits there already.
+distance to the mean, and moves on by a few bits where another token sits there already. With
+smaller heads inside it descends in each of them first, and then by the bits that come after.
 """
 
 import itertools
@@ -73,7 +74,8 @@ def resized_codes(head: VQLogitsHead, new_size: int) -> Tensor:
     generator = torch.Generator().manual_seed(old_size)
     count = new_size - old_size
     if head.code_type == "sign":
-        new = _new_sign_codes(head, _columns(head), count, generator)
+        sizes = [_columns(head, f"_{bits}") for bits in head.nested_codebooks]
+        new = _new_sign_codes(head, [*sizes, _columns(head)], count, generator)
     else:
         new = _new_index_codes(head, count, generator)
     return torch.cat([head.codes, new.to(head.codes)])
@@ -95,25 +97,40 @@ def resized_embedding_codes(embedding: VQEmbedding, new_size: int) -> Tensor:
         return old[:new_size].clone()
     generator = torch.Generator().manual_seed(len(old))
     columns = embedding.score_scale * embedding.codebook.float().cpu()
-    new = _new_sign_codes(embedding, columns, new_size - len(old), generator)
+    new = _new_sign_codes(embedding, [columns], new_size - len(old), generator)
     return torch.cat([old, new.to(old)])
 
 
-def _columns(head: VQLogitsHead) -> Tensor:
-    """Codewords as (..., d + 1): weights at the scale of a hidden state, and logit at its mean."""
-    codebook = head.codebook.detach().float().cpu()
+def _columns(head: VQLogitsHead, which: str = "") -> Tensor:
+    """Codewords as (..., d + 1): weights at the scale of a hidden state, and logit at its mean.
+
+    Of a smaller head inside, named by the end of its codebook's name, in units of its own.
+    """
+    codebook, bias = (
+        getattr(head, name + which).detach().float().cpu() for name in ("codebook", "codebook_bias")
+    )
     mean = head.hidden_mean.float().cpu()
-    at_mean = codebook @ mean + head.codebook_bias.detach().float().cpu()
+    at_mean = codebook @ mean + bias
     norm = mean.norm() / head.in_features**0.5
     columns = torch.cat([codebook * (norm if norm > 0 else 1.0), at_mean.unsqueeze(-1)], -1)
     return head.score_scale * columns
 
 
 def _new_sign_codes(
-    coded: VQLogitsHead | VQEmbedding, columns: Tensor, count: int, generator: torch.Generator
+    coded: VQLogitsHead | VQEmbedding,
+    sizes: list[Tensor],
+    count: int,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Codes of `count` tokens with codewords `columns` (R, D), beside those that are there."""
-    terms, old = len(columns), coded.codes.cpu()
+    """Codes of `count` tokens beside those that are there.
+
+    Args:
+        coded: the layer.
+        sizes: its codewords (R, D), before them those of the smaller ones inside, ascending.
+        count: of new tokens.
+        generator: of their bits.
+    """
+    terms, old = len(sizes[-1]), coded.codes.cpu()
     sums = [ops.unpack_signs(part, terms).sum(0) for part in old.split(CHUNK)]
     if coded.fine_codes is not None:
         fine = coded.fine_codes.cpu().split(CHUNK)
@@ -121,17 +138,23 @@ def _new_sign_codes(
     mean_sign = torch.stack(sums).sum(0) / len(old)
     chance = torch.rand(count, terms, generator=generator)
     signs = torch.where(chance < (1 + mean_sign) / 2, 1.0, -1.0)
-    gram = columns @ columns.T
-    slope = (signs - mean_sign) @ gram  # half the gradient of the squared distance
-    for _ in range(2 * terms):
-        change = gram.diagonal() - signs * slope  # a quarter of what flipping each bit adds
-        gain, bit = change.min(1)
-        active = (gain < 0).nonzero().squeeze(1)
-        if not len(active):
-            break
-        bit = bit[active]
-        slope[active] -= 2 * signs[active, bit, None] * gram[bit]
-        signs[active, bit] *= -1
+    first = 0
+    for columns in sizes:
+        last = len(columns)
+        gram = columns @ columns.T
+        # Half the gradient of the squared distance.
+        slope = (signs[:, :last] - mean_sign[:last]) @ gram
+        for _ in range(2 * (last - first)):
+            # A quarter of what flipping each bit adds.
+            change = gram.diagonal()[first:] - signs[:, first:last] * slope[:, first:]
+            gain, bit = change.min(1)
+            active = (gain < 0).nonzero().squeeze(1)
+            if not len(active):
+                break
+            bit = first + bit[active]
+            slope[active] -= 2 * signs[active, bit, None] * gram[bit]
+            signs[active, bit] *= -1
+        first = last
     codes = ops.pack_signs(signs)
 
     def by_cost(token: int) -> list[int]:

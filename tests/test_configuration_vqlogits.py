@@ -43,6 +43,7 @@ def test_sizes_are_read_through_and_not_stored_twice(tmp_path):
         {"num_codebooks": 500},
         {"code_type": "index", "num_codebooks": 3, "codebook_size": 16},
         {"logit_scale": 0.0625, "final_logit_softcapping": 30.0},
+        {"num_codebooks": 40, "nested_codebooks": [10, 20]},
         {"logit_scale": 2, "final_logit_softcapping": 30},
         {"embeddings": "vq", "embedding_codebooks": 77},
         {"embeddings": "tied", "tie_word_embeddings": True},
@@ -65,6 +66,23 @@ def test_the_input_side():
     assert [c.tie_word_embeddings for c in (kept, own, tied)] == [False, False, True]
 
 
+def test_a_smaller_size_inside_a_stored_configuration(tmp_path):
+    fields = {"num_codebooks": 40, "nested_codebooks": (10, 20, 30)}
+    VQLogitsConfig(text_config=text_config("gpt2"), **fields).save_pretrained(tmp_path)
+    for bits, inside in ((40, [10, 20, 30]), (30, [10, 20]), (10, [])):
+        config = AutoConfig.from_pretrained(tmp_path, num_codebooks=bits)
+        assert (config.num_codebooks, config.nested_codebooks) == (bits, inside)
+        config.validate_architecture()
+
+
+def test_configurations_from_before_there_were_smaller_sizes(tmp_path):
+    VQLogitsConfig(text_config=text_config("gpt2")).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["nested_codebooks"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert AutoConfig.from_pretrained(tmp_path).nested_codebooks == []
+
+
 def test_use_cache_is_the_backbones():
     config = VQLogitsConfig(text_config=text_config("llama", use_cache=False))
     assert config.use_cache is False
@@ -83,6 +101,18 @@ def test_use_cache_is_the_backbones():
         (
             {"code_type": "index", "num_fine_tokens": 3},
             "`num_fine_tokens` must be 0 for index codes, got 3",
+        ),
+        (
+            {"code_type": "index", "codebook_size": 9, "nested_codebooks": [3]},
+            r"`nested_codebooks` must be empty for index codes, got \[3\]",
+        ),
+        ({"num_codebooks": 9, "nested_codebooks": [0]}, r"must ascend, .* got \[0\]"),
+        ({"num_codebooks": 9, "nested_codebooks": [3, 9]}, r"`num_codebooks` 9, got \[3, 9\]"),
+        ({"num_codebooks": 9, "nested_codebooks": [3, 3]}, r"must ascend, .* got \[3, 3\]"),
+        ({"num_codebooks": 9, "nested_codebooks": [4, 3]}, r"must ascend, .* got \[4, 3\]"),
+        (
+            {"nested_codebooks": [3], "embeddings": "tied"},
+            r"`nested_codebooks` must be empty with `embeddings` 'tied', got \[3\]",
         ),
         ({"code_type": "index", "codebook_size": 0}, "between 1 and the vocabulary size 61, got 0"),
         ({"code_type": "index", "codebook_size": 62}, "vocabulary size 61, got 62"),
@@ -121,7 +151,9 @@ def test_impossible_fields_are_named(fields, message):
         VQLogitsConfig(**({"text_config": text_config("gpt2")} | fields))
 
 
-@pytest.mark.parametrize("fields", [{"num_codebooks": 1.5}, {"code_type": None}])
+@pytest.mark.parametrize(
+    "fields", [{"num_codebooks": 1.5}, {"code_type": None}, {"nested_codebooks": ["3"]}]
+)
 def test_wrong_types_are_named(fields):
     with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(fields))):
         VQLogitsConfig(**fields)

@@ -169,6 +169,13 @@ def test_index_codes(make_model, ids, tmp_path):
     assert_same_logits(reloaded(model.to_dense(), tmp_path), model, ids)
 
 
+@pytest.mark.parametrize("bits", [8, 19])
+def test_nested_codes(make_model, ids, tmp_path, bits):
+    model = make_model("phi", nested_codebooks=[4, 8], num_fine_tokens=7)
+    model.keep_codebooks(bits)
+    assert_same_logits(reloaded(model.to_dense(), tmp_path), model, ids)
+
+
 def test_quantised_bodies_are_refused(make_model):
     model = make_model("llama")
     model.hf_quantizer = object()

@@ -55,6 +55,16 @@ def test_greedy_takes_the_largest_logit(make_model, ids):
     assert torch.equal(best[:, 6:-1], sequence[:, 7:])
 
 
+def test_a_smaller_head_generates_by_its_own_logits(make_model, ids):
+    model = make_model("llama", nested_codebooks=[8], num_fine_tokens=7)
+    whole = generate(model, ids)
+    model.keep_codebooks(8)
+    sequence = generate(model, ids)
+    assert not torch.equal(sequence, whole)
+    best = model(sequence).logits.argmax(-1)
+    assert torch.equal(best[:, 6:-1], sequence[:, 7:])
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_left_padding_changes_nothing(make_model, ids, family):
     model = make_model(family)

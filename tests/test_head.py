@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 from types import SimpleNamespace
 
@@ -26,11 +27,13 @@ CODES = {
     "index, int32": {"code_type": "index", "num_codebooks": 2, "codebook_size": 257},
     "index, K = 1": {"code_type": "index", "num_codebooks": 2, "codebook_size": 1},
 }
+STATISTICS = ("hidden_mean", "fold_direction")
 AFTER = {"logit_scale": 0.5, "final_logit_softcapping": 2.0}
 
 
 def make_head(fields: dict, *, seed: int = 0, **more) -> VQLogitsHead:
     config = {"vocab_size": V, "hidden_size": D, "num_fine_tokens": 0, "logit_scale": 1.0}
+    config |= {"nested_codebooks": []}
     config |= fields | more
     torch.manual_seed(seed)
     head = VQLogitsHead(SimpleNamespace(**({"final_logit_softcapping": None} | config)))
@@ -215,6 +218,7 @@ def test_meta_device_costs_nothing():
                 vocab_size=10**9,
                 hidden_size=10**5,
                 num_fine_tokens=10**6,
+                nested_codebooks=[],
                 logit_scale=1.0,
                 final_logit_softcapping=None,
             )
@@ -301,7 +305,135 @@ def test_storage_counts_every_byte():
     assert make_head(CODES["sign"]).bfloat16().storage()["codebook_bytes"] == 2 * 19 * (D + 1)
 
 
+NESTED = {"nested_codebooks": [5, 16, 23], "num_codebooks": 43}
+NESTED_CODES = {"one code": {}, "second codes": {"num_fine_tokens": 30}}
+
+
+@pytest.fixture(params=NESTED_CODES.values(), ids=NESTED_CODES.keys())
+def nested_head(request) -> VQLogitsHead:
+    head = make_head(CODES["sign"] | NESTED | request.param)
+    for bits in head.nested_codebooks:
+        getattr(head, f"codebook_{bits}").normal_()
+        getattr(head, f"codebook_bias_{bits}").normal_()
+    return head
+
+
+def logits_of_first_bits(head, bits, hidden):
+    """Logits of the smaller head inside, in float64 and written out plainly."""
+    codebook, bias = (getattr(head, f"{n}_{bits}").double() for n in ("codebook", "codebook_bias"))
+    shifts = torch.arange(bits)
+    levels = ((head.codes[:, shifts // 8] >> (shifts % 8)) & 1) * 2.0 - 1.0
+    if head.fine_ids is not None:
+        fine = (head.fine_codes[:, shifts // 8] >> (shifts % 8)) & 1
+        levels[head.fine_ids.long()] += fine - 0.5
+    scores = (hidden.double() @ codebook.T + bias) * 2.0 ** -round(math.log2(bits))
+    return scores @ levels.double().T
+
+
+@pytest.mark.parametrize("bits", [5, 16, 23])
+def test_a_smaller_head_inside(nested_head, bits, hidden):
+    wanted = logits_of_first_bits(nested_head, bits, hidden)
+    smaller = [b for b in (5, 16, 23) if b < bits]
+    kept = {b: getattr(nested_head, f"codebook_{b}").clone() for b in smaller}
+    nested_head.codebook.requires_grad_(False)
+    nested_head.keep_codebooks(bits)
+    nested_head.check_codes()
+    assert not nested_head.codebook.requires_grad
+    assert nested_head.codebook_bias.requires_grad
+    assert nested_head.codes.shape == (V, -(-bits // 8))
+    built = make_head(
+        CODES["sign"] | {"num_codebooks": bits, "nested_codebooks": smaller},
+        num_fine_tokens=nested_head.num_fine_tokens,
+    )
+    built.load_state_dict(nested_head.state_dict())
+    assert vars(built).keys() == vars(nested_head).keys()
+    assert built.score_scale == nested_head.score_scale
+    assert repr(built) == repr(nested_head)
+    assert torch.equal(built(hidden), nested_head(hidden))
+    torch.testing.assert_close(nested_head.double()(hidden.double()), wanted)
+    for inside, codebook in kept.items():
+        assert torch.equal(getattr(nested_head, f"codebook_{inside}"), codebook.double())
+
+
+def test_cutting_by_way_of_another_size_is_the_same(nested_head, hidden):
+    direct = copy.deepcopy(nested_head)
+    direct.keep_codebooks(5)
+    for bits in (43, 23, 16, 5):
+        nested_head.keep_codebooks(bits)
+    assert torch.equal(direct(hidden), nested_head(hidden))
+    assert direct.state_dict().keys() == nested_head.state_dict().keys()
+    with pytest.raises(
+        ValueError, match="`num_codebooks` 16 is not stored: there is 5 alone in th"
+    ):
+        direct.keep_codebooks(16)
+
+
+def test_smaller_heads_take_no_part_in_the_whole_one(nested_head, hidden):
+    plain = make_head(
+        CODES["sign"] | {"num_codebooks": 43, "num_fine_tokens": nested_head.num_fine_tokens}
+    )
+    plain.load_state_dict(nested_head.state_dict(), strict=False)
+    assert torch.equal(plain(hidden), nested_head(hidden))
+    nested = {name for name, _ in nested_head.named_buffers()} - dict(plain.named_buffers()).keys()
+    assert nested == {f"{n}_{b}" for n in ("codebook", "codebook_bias") for b in (5, 16, 23)}
+    assert nested_head.storage()["nested_bytes"] == 4 * (5 + 16 + 23) * (D + 1)
+    stored = [t for n, t in nested_head.state_dict().items() if n not in STATISTICS]
+    assert nested_head.storage()["total_bytes"] == sum(t.nbytes for t in stored)
+    nested_head.bfloat16()
+    assert all(getattr(nested_head, name).dtype == torch.bfloat16 for name in nested)
+
+
+def test_heads_of_several_sizes_are_joined(nested_head, hidden):
+    small = copy.deepcopy(nested_head)
+    small.keep_codebooks(16)
+    wanted = small(hidden)
+    joined = make_head(
+        CODES["sign"] | {"num_codebooks": 43, "nested_codebooks": [16]},
+        num_fine_tokens=nested_head.num_fine_tokens,
+    )
+    joined.load_state_dict(nested_head.state_dict(), strict=False)
+    joined.codebook_16.zero_()
+    joined.hold(small)
+    joined.keep_codebooks(16)
+    assert torch.equal(joined(hidden), wanted)
+
+
+def test_a_smaller_head_that_is_not_inside(nested_head):
+    small = copy.deepcopy(nested_head)
+    small.keep_codebooks(5)
+    other = copy.deepcopy(small)
+    name = "codes" if small.fine_codes is None else "fine_codes"
+    getattr(other, name)[7, 0] ^= 1
+    with pytest.raises(ValueError, match="smaller head are not the first 5 bits of this one's"):
+        nested_head.hold(other)
+    with pytest.raises(ValueError, match=r"smaller one of 5 bits: `nested_codebooks` is \[\]"):
+        small.hold(other)
+
+
+def test_random_nested_heads_have_logits_like_a_dense_layers():
+    head = make_head(CODES["sign"] | NESTED)
+    head.keep_codebooks(23)
+    deviation = float(head(torch.randn(4000, D)).detach().std())
+    assert 0.4 < deviation / (0.02 * D**0.5) < 2
+
+
 def test_prints_its_sizes():
+    assert repr(make_head(CODES["sign"] | NESTED)).endswith("nested_codebooks=[5, 16, 23])")
     assert "out_features=300, code_type=index, num_codebooks=3, codebook_size=256" in repr(
         make_head(CODES["index, uint8"])
     )
+
+
+@pytest.mark.parametrize("codes", ["sign", "index"])
+def test_the_largest_logits(codes, make_model):
+    head = make_model(code_type=codes, codebook_size=2 if codes == "sign" else 5).lm_head
+    head.logit_scale, head.final_logit_softcapping = 0.5, 3.0
+    hidden = 4 * torch.randn(2, 3, head.in_features)
+    logits = head(hidden)
+    values, tokens = head.topk(hidden, 4)
+    assert values.shape == tokens.shape == (2, 3, 4)
+    torch.testing.assert_close(values, logits.topk(4).values, atol=2e-2, rtol=0)
+    torch.testing.assert_close(values, logits.gather(-1, tokens), atol=2e-2, rtol=0)
+    assert torch.equal(head.argmax(hidden), tokens[..., 0])
+    with pytest.raises(ValueError, match="must end in the hidden size"):
+        head.argmax(hidden[..., 1:])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import text_config
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from hf_vqlogits import VQLogitsForCausalLM
+from hf_vqlogits import VQLogitsForCausalLM, VQLogitsModel
 
 INDEX = {"code_type": "index", "num_codebooks": 3, "codebook_size": 7}
 
@@ -156,3 +156,115 @@ def test_dense_checkpoints_are_refused(tmp_path):
 def test_other_errors_pass_unchanged(tmp_path):
     with pytest.raises(OSError, match="no file named model.safetensors"):
         VQLogitsForCausalLM.from_pretrained(tmp_path)
+
+
+NESTED = {"num_codebooks": 43, "nested_codebooks": [5, 16], "num_fine_tokens": 9}
+
+
+@pytest.fixture
+def nested_model(make_model):
+    model = make_model("llama", **NESTED)
+    for bits in (5, 16):
+        getattr(model.lm_head, f"codebook_{bits}").normal_()
+        getattr(model.lm_head, f"codebook_bias_{bits}").normal_()
+    return model
+
+
+def given_directly(path, bits, **options):
+    return VQLogitsForCausalLM.from_pretrained(path, num_codebooks=bits, **options)
+
+
+def by_the_auto_class(path, bits, **options):
+    return AutoModelForCausalLM.from_pretrained(path, num_codebooks=bits, **options)
+
+
+def by_a_configuration(path, bits, **options):
+    config = AutoConfig.from_pretrained(path)
+    config.keep_codebooks(bits)
+    return VQLogitsForCausalLM.from_pretrained(path, config=config, **options)
+
+
+@pytest.mark.parametrize("load", [given_directly, by_the_auto_class, by_a_configuration])
+@pytest.mark.parametrize("bits", [5, 16, 43])
+@pytest.mark.parametrize("shard", ["1GB", "10KB"])
+def test_a_smaller_head_inside_is_loaded(nested_model, ids, tmp_path, load, bits, shard):
+    nested_model.save_pretrained(tmp_path, max_shard_size=shard)
+    loaded = load(tmp_path, bits)
+    nested_model.keep_codebooks(bits)
+    assert loaded.config.to_dict()["nested_codebooks"] == [b for b in (5, 16) if b < bits]
+    assert loaded.config.num_codebooks == bits
+    assert torch.equal(loaded(ids).logits, nested_model(ids).logits)
+    own = nested_model.state_dict()
+    assert own.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_smaller_head_saves_as_an_ordinary_checkpoint(nested_model, ids, tmp_path):
+    nested_model.save_pretrained(tmp_path / "whole")
+    small = by_the_auto_class(tmp_path / "whole", 5)
+    small.save_pretrained(tmp_path / "small")
+    stored = load_file(tmp_path / "small" / "model.safetensors")
+    assert stored["lm_head.codes"].shape == (61, 1)
+    assert not [name for name in stored if name.startswith("lm_head.codebook_") and "5" in name]
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config["num_codebooks"] == 5
+    assert config["nested_codebooks"] == []
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.equal(again(ids).logits, small(ids).logits)
+
+
+@pytest.mark.parametrize("bits", [None, 16])
+def test_codebooks_of_all_sizes_take_the_type_that_is_asked_for(nested_model, tmp_path, bits):
+    nested_model.save_pretrained(tmp_path)
+    size = {} if bits is None else {"num_codebooks": bits}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **size)
+    floats = [t for t in model.lm_head.state_dict().values() if t.is_floating_point()]
+    assert {t.dtype for t in floats} == {torch.bfloat16}
+    assert model.lm_head.codebook_5.shape == (5, 32)
+
+
+def test_the_base_model_of_a_smaller_size(nested_model, ids, tmp_path):
+    nested_model.save_pretrained(tmp_path)
+    base = VQLogitsModel.from_pretrained(tmp_path, num_codebooks=16)
+    assert (base.config.num_codebooks, base.config.nested_codebooks) == (16, [5])
+    wanted = nested_model.model(ids).last_hidden_state
+    assert torch.equal(base(ids).last_hidden_state, wanted)
+
+
+def test_a_smaller_head_with_information_about_the_loading(nested_model, tmp_path):
+    nested_model.save_pretrained(tmp_path)
+    model, info = given_directly(tmp_path, 5, output_loading_info=True)
+    assert model.lm_head.num_codebooks == 5
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_a_smaller_head_where_other_sizes_may_be_drawn_anew(nested_model, tmp_path):
+    nested_model.save_pretrained(tmp_path)
+    codebook = nested_model.lm_head.codebook_16
+    model = by_the_auto_class(tmp_path, 16, ignore_mismatched_sizes=True)
+    assert torch.equal(model.lm_head.codebook, codebook)
+
+
+@pytest.mark.parametrize("load", [given_directly, by_the_auto_class, by_a_configuration])
+def test_sizes_that_are_not_stored_are_named(nested_model, make_model, tmp_path, load):
+    nested_model.save_pretrained(tmp_path / "nested")
+    with pytest.raises(ValueError, match=r"`num_codebooks` 6 .* are 5, 16 and 43 in .*nested'"):
+        load(tmp_path / "nested", 6)
+    make_model("llama").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"`num_codebooks` 20 .* there is 19 alone in .*plain'"):
+        load(tmp_path / "plain", 20)
+
+
+@pytest.mark.parametrize("name", ["codebook_5", "codebook_bias_16"])
+def test_missing_codebooks_of_smaller_sizes_are_named(nested_model, tmp_path, name):
+    nested_model.save_pretrained(tmp_path)
+    change(tmp_path, lambda tensors: tensors.pop(f"lm_head.{name}"))
+    with pytest.raises(ValueError, match=rf"lacks lm_head.{name}: it is incomplete"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_offloaded_head_cannot_be_cut(nested_model, tmp_path):
+    nested_model.save_pretrained(tmp_path / "model")
+    options = {"device_map": {"model": "cpu", "lm_head": "disk"}, "offload_folder": tmp_path / "o"}
+    with pytest.raises(ValueError, match="cannot be cut to `num_codebooks` 5 where it was offload"):
+        by_the_auto_class(tmp_path / "model", 5, **options)

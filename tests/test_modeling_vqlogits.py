@@ -17,6 +17,7 @@ FAMILIES = ["gpt2", "llama", "gemma2"]
 HEADS = {
     "sign": {"num_codebooks": 19},
     "second codes": {"num_codebooks": 19, "num_fine_tokens": 8},
+    "nested": {"num_codebooks": 19, "num_fine_tokens": 8, "nested_codebooks": [4, 8]},
     "index": {"code_type": "index", "num_codebooks": 3, "codebook_size": 7},
     "one codebook": {"code_type": "index", "num_codebooks": 1, "codebook_size": 20},
 }
@@ -54,7 +55,9 @@ def test_saved_and_loaded(make_model, ids, tmp_path, family, head):
     assert {f.suffix for f in tmp_path.iterdir()} == {".json", ".safetensors"}
     saved = saved_tensors(tmp_path)
     fine = {"fine_codes", "fine_ids"} if model.lm_head.num_fine_tokens else set()
-    names = {f"lm_head.{n}" for n in HEAD_TENSORS | fine}
+    sizes = model.lm_head.nested_codebooks
+    nested = {f"{n}_{bits}" for n in ("codebook", "codebook_bias") for bits in sizes}
+    names = {f"lm_head.{n}" for n in HEAD_TENSORS | fine | nested}
     assert {n for n in saved if n.startswith("lm_head.")} == names
     assert all(n.startswith(("lm_head.", "model.backbone.")) for n in saved)
     assert torch.equal(saved["lm_head.codes"], model.lm_head.codes)
@@ -125,6 +128,36 @@ def test_head_offloaded_to_disk(make_model, ids, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     loss = loaded(ids, labels=ids, skip_logits=True).loss
     torch.testing.assert_close(loss, model(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("embeddings", ["keep", "vq"])
+@pytest.mark.parametrize("bits", [4, 8, 19])
+def test_cut_to_a_smaller_head(make_model, ids, tmp_path, embeddings, bits):
+    model = make_model("llama", **HEADS["nested"], embeddings=embeddings)
+    hidden = model.model(ids).last_hidden_state
+    head = copy.deepcopy(model.lm_head)
+    head.keep_codebooks(bits)
+    model.keep_codebooks(bits)
+    assert torch.equal(model(ids).logits, head(hidden))
+    inside = [b for b in (4, 8) if b < bits]
+    assert (model.config.num_codebooks, model.config.nested_codebooks) == (bits, inside)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for field in ("num_codebooks", "nested_codebooks", "embedding_codebooks"):
+        assert getattr(loaded.config, field) == getattr(model.config, field)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    model.train()(ids, labels=ids).loss.backward()
+    assert model.lm_head.codebook.grad.shape == (bits, 32)
+
+
+def test_cut_to_a_size_that_is_not_there(make_model):
+    model = make_model("llama", **HEADS["nested"])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match="`num_codebooks` 5 .* there are 4, 8 and 19 in the m"):
+            part.keep_codebooks(5)
+    assert model.config.num_codebooks == 19
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def test_loading_does_not_draw_the_head_anew(make_model, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from hf_vqlogits.resizing import resized_codes, resized_vocabulary
 HEADS = {
     "sign": {"num_codebooks": 40},
     "second codes": {"num_codebooks": 40, "num_fine_tokens": VOCABULARY},
+    "nested": {"num_codebooks": 40, "num_fine_tokens": 9, "nested_codebooks": [20, 30]},
     "index": {"code_type": "index", "num_codebooks": 4, "codebook_size": 7},
 }
 ONE_CODEBOOK = {"code_type": "index", "num_codebooks": 1, "codebook_size": 20}
@@ -59,6 +60,17 @@ def test_new_tokens_stand_near_the_mean_with_codes_of_their_own(make_model, head
     old, new = rows[:VOCABULARY], rows[VOCABULARY:]
     distance = (old - old.mean(0)).norm(dim=1), (new - old.mean(0)).norm(dim=1)
     assert distance[1].mean() < 0.9 * distance[0].mean()
+
+
+def test_new_tokens_stand_near_the_mean_of_the_smaller_heads_inside(make_model):
+    model = make_model("llama", **HEADS["nested"])
+    model.resize_token_embeddings(VOCABULARY + 40)
+    for bits in (40, 30, 20):
+        model.keep_codebooks(bits)
+        rows = torch.cat([*(t.view(VOCABULARY + 40, -1) for t in dense_weight(model.lm_head))], 1)
+        old, new = rows[:VOCABULARY], rows[VOCABULARY:]
+        distance = [(part - old.mean(0)).norm(dim=1).mean() for part in (old, new)]
+        assert distance[1] < 0.9 * distance[0]
 
 
 def test_second_codes_count_in_the_mean(make_model):

@@ -198,3 +198,23 @@ def test_quantised_input_embeddings_train_and_reload(
     assert loaded.config.embeddings == mode
     again = make_trainer(loaded, texts).evaluate()["eval_loss"]
     assert again == pytest.approx(after, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [19, 8])
+def test_training_leaves_smaller_heads_inside_alone(
+    make_model, make_trainer, texts, tmp_path, bits
+):
+    model = make_model("gpt2", nested_codebooks=[4, 8])
+    model.keep_codebooks(bits)
+    codebook, inside = model.lm_head.codebook_4.clone(), model.config.nested_codebooks
+    trainer = make_trainer(model, texts, max_steps=6)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after < before
+    trainer.save_model(tmp_path / "trained")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert loaded.config.nested_codebooks == inside
+    assert torch.equal(loaded.lm_head.codebook_4, codebook)
+    again = make_trainer(loaded, texts).evaluate()["eval_loss"]
+    assert again == pytest.approx(after, rel=1e-5)

@@ -2,19 +2,24 @@
 
 `eager.py` is the specification. `registration.py`, `cross_entropy.py` and `gather.py` declare the
 operations to PyTorch, `backends.py` chooses who computes them: `eager.py`, `matmul.py` or the
-compiled `cpu.py`.
+compiled `cpu.py`. `direct.py` takes a few rows from hidden states to logits,
+`top.py` all rows to the largest of them.
 """
 
 from .cross_entropy import linear_cross_entropy
+from .direct import logits
 from .eager import pack_signs, scores, unpack_signs
 from .gather import gather_rows
 from .registration import expand
+from .top import topk
 
 __all__ = [
     "expand",
     "gather_rows",
     "linear_cross_entropy",
+    "logits",
     "pack_signs",
     "scores",
+    "topk",
     "unpack_signs",
 ]

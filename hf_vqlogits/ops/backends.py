@@ -7,6 +7,8 @@ The environment variable `VQLOGITS_BACKEND` forces one, for tests and comparison
     matmul   sign codes as a product with the kept +-1 matrix, index codes as `eager`
     cpu      the compiled kernel, by the fastest path that the processor has
     avx512   the compiled kernel, 16-bit tables in AVX-512 registers
+    avx2     the same with tables of half the size, in AVX2 registers
+    neon     the same, in NEON registers
     plain    the compiled kernel, portable C++
 
 Gradients have no kernel: the compiled names choose as `auto` does for them.
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from . import cpu, matmul
 
-BACKENDS = ("auto", "eager", "matmul", "cpu", "avx512", "plain")
+COMPILED = ("cpu", *cpu.LARGEST_CODEBOOKS, "plain")
+BACKENDS = ("auto", "eager", "matmul", *COMPILED)
 VARIABLE = "VQLOGITS_BACKEND"
 
 
@@ -38,7 +41,7 @@ def requested() -> str:
 
 
 def for_expand(scores: Tensor, codes: Tensor, code_type: str) -> str:
-    """`eager`, `matmul`, `avx512` or `plain` for the logits of these scores.
+    """`eager`, `matmul` or one of [`cpu.paths`] for the logits of these scores.
 
     Raises:
         ValueError: `VQLOGITS_BACKEND` is unknown.
@@ -49,16 +52,17 @@ def for_expand(scores: Tensor, codes: Tensor, code_type: str) -> str:
     # 2 cores: avx512 0.16, 5.1, 39 ms for 1, 64, 256 rows, against 13, 28, 82 ms for the product
     # with unpacked signs. Without AVX-512 in the product either, plain takes 0.9, 21, 110, 410 ms
     # for 1, 64, 256, 1,024 rows, against 13, 41, 134, 504 ms.
-    if name in ("auto", "cpu", "avx512", "plain"):
+    if name == "auto" or name in COMPILED:
         for path in cpu.paths() if scores.device.type == "cpu" else ():
             if name in ("auto", "cpu", path) and cpu.supports(path, scores, codes, code_type):
                 return path
-    if name in ("cpu", "avx512", "plain"):
+    if name in COMPILED:
         raise RuntimeError(
             f"{VARIABLE}={name} cannot be obeyed: this machine has the compiled paths "
             f"{list(cpu.paths())}, the scores are {scores.dtype} {tuple(scores.shape)} on "
-            f"{scores.device}. The kernels take float32, bfloat16 and float16 on the CPU, avx512 "
-            "at most 32 codewords a codebook and no codes made under `torch.inference_mode()`. "
+            f"{scores.device}. The kernels take float32, bfloat16 and float16 on the CPU; avx512 "
+            "at most 32 codewords a codebook, avx2 and neon 16, and no codes made under "
+            "`torch.inference_mode()`. "
             "Unset the variable to have a backend chosen."
         )
     return _without_kernel(name, scores, codes, code_type, scores.shape[1])

@@ -1,9 +1,9 @@
 """The compiled CPU kernels: loading them, and calling them on tensors.
 
-The library is built from `csrc/` when the package is installed, if there is a C++ compiler. It has
-two paths: `avx512`, tables of 16-bit partial sums, for sign codes and for index codes with K <= 32;
-and `plain`, portable C++ with tables of float32, for all codes. Being a plain C library it is bound
-to no version of PyTorch.
+The library is built from `csrc/` when the package is installed, if there is a C++ compiler. Its
+paths `avx512`, `avx2` and `neon` look up 16-bit partial sums in tables that fit a register, for
+sign codes and index codes with K <= 32 (AVX-512) or K <= 16; `plain` is portable C++ with tables of
+float32, for all codes. Being a plain C library it is bound to no version of PyTorch.
 """
 
 import ctypes
@@ -22,10 +22,13 @@ from .tensor_cache import TensorCache
 
 logger = logging.getLogger(__name__)
 
-_INTERFACE = 2  # `kInterface` in csrc/expand.cpp
+_INTERFACE = 5  # `kInterface` in csrc/expand.cpp
 _EXTENSION = "_expand"  # in setup.py
 _OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_LARGEST_AVX512_CODEBOOK = 32  # an index must fit a field of 5 bits
+SCORED_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of hidden states and codebook
+_PATHS = {"avx512": 1, "avx2": 2, "neon": 3, "plain": 0}  # `Path` there, the fastest first
+# K of a path whose tables fit a register: an index must fit a field of 5 or 4 bits.
+LARGEST_CODEBOOKS = {"avx512": 32, "avx2": 16, "neon": 16}
 
 
 class _Coding(ctypes.Structure):
@@ -40,8 +43,21 @@ class _Coding(ctypes.Structure):
     )
 
 
+class _Scoring(ctypes.Structure):
+    """`Scoring` in csrc/layout.h."""
+
+    _fields_ = (
+        ("hidden", ctypes.c_void_p),
+        ("codebook", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("half", ctypes.c_int32),
+    )
+
+
 class _Fine(ctypes.Structure):
-    """`Fine` in csrc/tables_avx512.h."""
+    """`Fine` in csrc/layout.h."""
 
     _fields_ = (
         ("ids", ctypes.c_void_p),
@@ -53,7 +69,7 @@ class _Fine(ctypes.Structure):
 
 
 class _PreparedFine(NamedTuple):
-    """Second codes as the AVX-512 kernel reads them."""
+    """Second codes as the kernels read them."""
 
     fine: _Fine
     address: int  # of `fine`
@@ -66,7 +82,7 @@ class _Prepared(NamedTuple):
 
     coding: _Coding
     address: int  # of `coding`
-    tiles: Tensor | None  # the codes in the order in which the AVX-512 kernel reads them
+    tiles: Tensor | None  # the codes in the order in which a kernel with tables reads them
 
 
 _prepared: TensorCache[_Prepared] = TensorCache()
@@ -76,18 +92,24 @@ _prepared_fine: TensorCache[_PreparedFine] = TensorCache()
 def paths() -> tuple[str, ...]:
     """The paths that this machine can take, the fastest first; none without the library."""
     library = _load()
-    if library is None:
-        return ()
-    return ("avx512", "plain") if library.vqlogits_has_avx512() else ("plain",)
+    return () if library is None else _paths_of(library)
+
+
+@functools.cache
+def _paths_of(library: ctypes.CDLL) -> tuple[str, ...]:
+    return tuple(name for name, path in _PATHS.items() if library.vqlogits_has(path))
 
 
 def supports(path: str, scores: Tensor, codes: Tensor, code_type: str) -> bool:
     """Whether a path knows such scores and codes."""
     if scores.dtype not in _OUTPUT_TYPES or scores.device.type != "cpu":
         return False
-    if path == "plain":
-        return True
-    small = code_type == "sign" or scores.shape[2] <= _LARGEST_AVX512_CODEBOOK
+    return path == "plain" or knows(path, codes, code_type, scores.shape[-1])
+
+
+def knows(path: str, codes: Tensor, code_type: str, codewords: int) -> bool:
+    """Whether a path of `LARGEST_CODEBOOKS` knows such codes; `codewords` is K of index codes."""
+    small = code_type == "sign" or codewords <= LARGEST_CODEBOOKS[path]
     # Tiles that may no longer match their codes are worse than a slower kernel.
     return small and TensorCache.can_hold(codes)
 
@@ -102,11 +124,12 @@ def expand(
 ) -> Tensor:
     """Logits (N, V) of scores (N, R) or (N, G, K), in their type, by one of the [`paths`].
 
-    Second codes are for `avx512` only, which adds them where their tables are at hand.
+    Second codes are for the paths of `LARGEST_CODEBOOKS` only, which add them where their tables
+    are at hand.
 
-    Sums are taken in float32. `avx512` rounds its tables to multiples of a scale, one for each row
-    and segment of the codes; a logit is off by at most half a scale per table (derived in
-    csrc/tables_avx512.h), with normal scores by about 0.1% and at most 0.5% of the deviation of a
+    Sums are taken in float32. Those paths round their tables to multiples of a scale, one for each
+    row and segment of the codes; a logit is off by at most half a scale per table (derived in
+    csrc/tables_kernel.h), with normal scores by about 0.1% and at most 0.5% of the deviation of a
     row's logits. A row with a score that is NaN or infinite becomes NaN as a whole there.
 
     Raises:
@@ -119,13 +142,13 @@ def expand(
     prepared = _prepare(codes, code_type, tuple(scores.shape[1:]), path)
     exact = scores.to(torch.float32).contiguous()
     rows, threads = scores.shape[0], torch.get_num_threads()
-    if path == "avx512":
-        assert prepared.tiles is not None
+    if prepared.tiles is not None:
         fine = None
         if fine_ids is not None and fine_codes is not None:
-            fine = _prepare_fine(prepared.address, codes.shape[0], fine_ids, fine_codes)
+            fine = _prepare_fine(path, prepared.address, codes.shape[0], fine_ids, fine_codes)
         logits = torch.empty(rows, codes.shape[0], dtype=scores.dtype)
-        failed = library.vqlogits_expand_avx512(
+        failed = library.vqlogits_expand_tiles(
+            _PATHS[path],
             prepared.address,
             exact.data_ptr(),
             prepared.tiles.data_ptr(),
@@ -144,6 +167,105 @@ def expand(
     if failed:
         raise MemoryError(f"no memory for the tables of {rows} rows of scores")
     return logits.to(scores.dtype)
+
+
+def logits(
+    hidden: Tensor,
+    codebook: Tensor,
+    codebook_bias: Tensor,
+    codes: Tensor,
+    code_type: str,
+    scale: float,
+    path: str,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
+) -> Tensor:
+    """Logits (N, V) of a few hidden states (N, d), by a path of `LARGEST_CODEBOOKS`.
+
+    All in one of `SCORED_TYPES`. Scores are sums of products in float32; the rest is [`expand`].
+
+    Raises:
+        IndexError: as [`expand`].
+        ValueError: as [`expand`].
+        MemoryError: there is no memory for the tables.
+    """
+    library = _load()
+    assert library is not None
+    prepared = _prepare(codes, code_type, tuple(codebook_bias.shape), path)
+    assert prepared.tiles is not None
+    fine = None
+    if fine_ids is not None and fine_codes is not None:
+        fine = _prepare_fine(path, prepared.address, codes.shape[0], fine_ids, fine_codes)
+    exact = hidden.to(torch.float32).contiguous()
+    codebook, codebook_bias = codebook.contiguous(), codebook_bias.contiguous()
+    scoring = _Scoring(
+        exact.data_ptr(),
+        codebook.data_ptr(),
+        codebook_bias.data_ptr(),
+        exact.shape[1],
+        scale,
+        SCORED_TYPES[hidden.dtype],
+    )
+    out = torch.empty(hidden.shape[0], codes.shape[0], dtype=hidden.dtype)
+    failed = library.vqlogits_logits_tiles(
+        _PATHS[path],
+        prepared.address,
+        ctypes.byref(scoring),
+        prepared.tiles.data_ptr(),
+        None if fine is None else fine.address,
+        hidden.shape[0],
+        _OUTPUT_TYPES[hidden.dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the tables of {hidden.shape[0]} hidden states")
+    return out
+
+
+def topk(
+    scores: Tensor,
+    k: int,
+    codes: Tensor,
+    code_type: str,
+    path: str,
+    fine_ids: Tensor | None = None,
+    fine_codes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k largest logits (N, k) in float32, descending, and their tokens; as [`expand`].
+
+    Of equal logits the first tokens are taken. NaN is in no order: a row that has fewer than k
+    numbers ends in NaN of token 0.
+
+    Raises:
+        IndexError: as [`expand`].
+        ValueError: as [`expand`].
+        MemoryError: there is no memory for the tables.
+    """
+    library = _load()
+    assert library is not None
+    prepared = _prepare(codes, code_type, tuple(scores.shape[1:]), path)
+    assert prepared.tiles is not None
+    fine = None
+    if fine_ids is not None and fine_codes is not None:
+        fine = _prepare_fine(path, prepared.address, codes.shape[0], fine_ids, fine_codes)
+    exact, rows = scores.to(torch.float32).contiguous(), scores.shape[0]
+    values, tokens = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.long)
+    failed = library.vqlogits_top_tiles(
+        _PATHS[path],
+        prepared.address,
+        exact.data_ptr(),
+        prepared.tiles.data_ptr(),
+        None if fine is None else fine.address,
+        rows,
+        k,
+        values.data_ptr(),
+        tokens.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the tables of {rows} rows of scores")
+    return values, tokens
 
 
 def _prepare(codes: Tensor, code_type: str, shape: tuple[int, ...], path: str) -> _Prepared:
@@ -172,27 +294,28 @@ def _make_prepared(codes: Tensor, code_type: str, shape: tuple[int, ...], path: 
     library = _load()
     assert library is not None
     codes = codes.contiguous()
-    tiles = torch.empty(library.vqlogits_tile_words(address), dtype=torch.int16)
-    library.vqlogits_tile(address, codes.data_ptr(), tiles.data_ptr(), torch.get_num_threads())
+    number, threads = _PATHS[path], torch.get_num_threads()
+    tiles = torch.empty(library.vqlogits_tile_bytes(number, address), dtype=torch.uint8)
+    library.vqlogits_tile(number, address, codes.data_ptr(), tiles.data_ptr(), threads)
     return _Prepared(coding, address, tiles)
 
 
 def _prepare_fine(
-    coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
+    path: str, coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
 ) -> _PreparedFine:
     def make() -> _PreparedFine:
-        return _make_prepared_fine(coding, vocabulary, fine_ids, fine_codes)
+        return _make_prepared_fine(_PATHS[path], coding, vocabulary, fine_ids, fine_codes)
 
     if not TensorCache.can_hold(fine_codes) or not TensorCache.can_hold(fine_ids):
         return make()
-    key = (vocabulary, id(fine_ids), fine_ids._version)
+    key = (path, vocabulary, id(fine_ids), fine_ids._version)
     prepared = _prepared_fine.get(fine_codes, key, make)
     # An identity may be given out again once its tensor is gone.
     return prepared if prepared.ids() is fine_ids else make()
 
 
 def _make_prepared_fine(
-    coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
+    path: int, coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
 ) -> _PreparedFine:
     library = _load()
     assert library is not None
@@ -208,14 +331,14 @@ def _make_prepared_fine(
     counts = (ids // task_tokens).bincount(minlength=-(-vocabulary // task_tokens))
     begins = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     blocks = torch.nn.functional.pad((-(-counts // block_tokens)).cumsum(0), (1, 0))
-    words = library.vqlogits_tile_words(coding) // max(1, len(counts) * task_tokens)
-    tiles = torch.empty(int(blocks[-1]) * block_tokens * words, dtype=torch.int16)
+    token_bytes = library.vqlogits_tile_bytes(path, coding) // max(1, len(counts) * task_tokens)
+    tiles = torch.empty(int(blocks[-1]) * block_tokens * token_bytes, dtype=torch.uint8)
     kept_alive = (ids.int(), begins, blocks, tiles)
     fine = _Fine(*(tensor.data_ptr() for tensor in kept_alive), FINE_FACTOR)
     address = ctypes.addressof(fine)
     rows = fine_codes[order].contiguous()
     library.vqlogits_tile_fine(
-        coding, address, rows.data_ptr(), tiles.data_ptr(), torch.get_num_threads()
+        path, coding, address, rows.data_ptr(), tiles.data_ptr(), torch.get_num_threads()
     )
     return _PreparedFine(fine, address, kept_alive, weakref.ref(fine_ids))
 
@@ -253,14 +376,16 @@ def _load() -> ctypes.CDLL | None:
 def _declare(library: ctypes.CDLL) -> None:
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     for name, result, arguments in (
-        ("has_avx512", int32, ()),
+        ("has", int32, (int32,)),
         ("use_openmp", None, (pointer,)),
-        ("tile_words", int64, (pointer,)),
+        ("tile_bytes", int64, (int32, pointer)),
         ("task_tokens", int64, ()),
         ("block_tokens", int64, ()),
-        ("tile", None, (pointer, pointer, pointer, int32)),
-        ("tile_fine", None, (pointer, pointer, pointer, pointer, int32)),
-        ("expand_avx512", int32, (*[pointer] * 4, int64, int32, pointer, int32)),
+        ("tile", None, (int32, pointer, pointer, pointer, int32)),
+        ("tile_fine", None, (int32, pointer, pointer, pointer, pointer, int32)),
+        ("expand_tiles", int32, (int32, *[pointer] * 4, int64, int32, pointer, int32)),
+        ("logits_tiles", int32, (int32, *[pointer] * 4, int64, int32, pointer, int32)),
+        ("top_tiles", int32, (int32, *[pointer] * 4, int64, int64, pointer, pointer, int32)),
         ("expand_plain", int32, (pointer, pointer, pointer, int64, pointer, int32)),
     ):
         function = getattr(library, f"vqlogits_{name}")

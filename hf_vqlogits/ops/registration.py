@@ -50,8 +50,8 @@ def expand(
 
     Returns:
         Logits (N, V) in the type of `scores`. Sums of bfloat16 and float16 are taken in float32.
-        The AVX-512 kernel of the CPU has an error below 0.5% of the deviation of a row's logits,
-        and makes a row with NaN or infinite scores NaN as a whole.
+        The kernels for AVX-512, AVX2 and NEON have an error below 0.5% of the deviation of a row's
+        logits, and make a row with NaN or infinite scores NaN as a whole.
 
     Raises:
         TypeError: a tensor has a type that the operation does not know.
@@ -78,7 +78,7 @@ def compute_expand(
     """[`expand`] below autograd, by the backend that was chosen."""
     check(scores, codes, code_type, fine_ids, fine_codes)
     backend = backends.for_expand(scores, codes, code_type)
-    if backend == "avx512":
+    if backend in cpu.LARGEST_CODEBOOKS:
         return cpu.expand(scores, codes, code_type, backend, fine_ids, fine_codes)
     if fine_ids is None or fine_codes is None:
         return _expand_codes(scores, codes, code_type, backend)

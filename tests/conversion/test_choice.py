@@ -198,6 +198,7 @@ OPTIONS = {"method": "signs", "embeddings": "keep", "state_file": None}
         (math.nan, {}, "must lie above 0 and be at most 1, got nan"),
         (0.02, {"bits": 5}, "0.02 chooses the size, and `bits` 5 as well; give one of them"),
         (0.02, {"param_reduction": 0.9}, "`param_reduction` 0.9 as well"),
+        (0.02, {"nested": [0.9, 0.8]}, r"and `nested` \[0.9, 0.8\] as well; give one of them"),
         (
             0.02,
             {"bits_per_weight": 1.0, "num_codebooks": 2, "codebook_size": 3, "method": "kmeans"},

@@ -62,6 +62,9 @@ def test_json_is_the_report_and_nothing_else(tiny_folder, text_file, tmp_path, m
     [
         (("--bits", 16, "--param-reduction", 0.9), "both choose the size"),
         (("--param-reduction", 1.5), "between 0 and 1"),
+        (("--nested", "0.9,0.8", "--bits", 9), "`nested` and `bits` both choose the size"),
+        (("--nested", "0.9,0.8", "--max-perplexity-increase", 1), "`max_perplexity_increase` both"),
+        (("--nested", "0.9,0.99999"), "`nested` holds 0.99999, but: `param_reduction` 0.99999"),
         (("--method", "kmeans", "--codebook-size", 4000), "larger than the vocabulary 400"),
         (("--bits-per-weight", "nan"), "`bits_per_weight` must lie above 0 and be at most 32"),
         (("--bits-per-weight", "inf"), "`bits_per_weight` must lie above 0 and be at most 32"),
@@ -100,6 +103,9 @@ def test_a_gpu_that_is_not_there(tiny_folder, tmp_path, monkeypatch, capsys):
         ("--bits", 0),
         ("--bits-per-weight", "nan"),
         ("--param-reduction", 1),
+        ("--nested", "0.99"),
+        ("--nested", "0.99,1.5"),
+        ("--nested", "0.99,0.98", "--max-perplexity-increase", 0.02),
         ("--max-perplexity-increase", "nan"),
         ("--bits", 5, "--param-reduction", 0.9),
         ("--bits", 5, "--method", "kmeans"),
@@ -128,6 +134,7 @@ def test_unknown_model(tmp_path, monkeypatch, capsys):
     [
         (("--model", "gpt2", "--method", "magic"), "invalid choice: 'magic'"),
         (("--model", "gpt2", "--bits", "abc"), "argument --bits: invalid int value: 'abc'"),
+        (("--model", "gpt2", "--nested", "0.99;0.98"), "as in 0.99,0.98; got '0.99;0.98'"),
         (("--bits", "8"), "the following arguments are required: --model"),
         (("--model", "gpt2", "--magic"), "unrecognized arguments: --magic"),
     ],

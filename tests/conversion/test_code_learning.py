@@ -156,6 +156,23 @@ def test_without_text_tokens_move_towards_their_dense_vectors(setting):
     assert error() < 0.8 * before
 
 
+def test_frozen_bits_stay(setting):
+    head, metric, teacher, hidden = setting
+    head.codes[:, :] ^= 4  # a bit of each byte; those of the second and third may go back
+    head.codes[:, 1] ^= 64
+    before = {
+        name: getattr(head, name).clone()
+        for name in ("codes", "fine_codes")
+        if head.fine_ids is not None or name == "codes"
+    }
+    slope = slope_of_divergence(head, metric, teacher, [hidden])
+    move_codes(head, metric, slope, 2.0, 11)
+    for name, codes in before.items():
+        one, other = (ops.unpack_signs(t, R) for t in (codes, getattr(head, name)))
+        assert torch.equal(one[:, :11], other[:, :11])
+        assert not torch.equal(one[:, 11:], other[:, 11:])
+
+
 def test_strong_damping_moves_nothing(setting):
     head, metric, teacher, hidden = setting
     codes = head.codes.clone()

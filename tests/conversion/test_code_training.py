@@ -108,6 +108,22 @@ def test_a_move_lowers_the_loss(model, batch):
     assert float((logits - wrong).abs().max()) > 0.1
 
 
+def test_smaller_heads_inside_stay_as_they_are(make, batch):
+    model = make(num_fine_tokens=9, nested_codebooks=[11, 20])
+    small, codes = copy.deepcopy(model), codes_of(model)
+    small.keep_codebooks(20)
+    learner = CodeLearner(model, every=1)
+    loss_of(model, batch)
+    assert learner.step().taken
+    for name, now in codes_of(model).items():
+        one, other = (ops.unpack_signs(t, 40) for t in (codes[name], now))
+        assert torch.equal(one[:, :20], other[:, :20])
+        assert not torch.equal(one[:, 20:], other[:, 20:])
+    model.keep_codebooks(20)
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in small.state_dict().items())
+
+
 def test_losses_of_a_move_are_those_of_the_positions_kept_out(model, batch):
     batch["labels"][::3, :9] = -100
     learner = CodeLearner(model, every=1)
@@ -258,8 +274,8 @@ def test_hidden_states_that_overflowed_do_not_count(model, batch):
 def test_codes_that_raise_the_loss_are_not_taken(model, batch, monkeypatch):
     original = code_training.move_codes
 
-    def worsen(head, metric, slope, damping):
-        original(head, metric, Slope(-30 * slope.gradient, slope.curvature), damping)
+    def worsen(head, metric, slope, *options):
+        original(head, metric, Slope(-30 * slope.gradient, slope.curvature), *options)
 
     monkeypatch.setattr(code_training, "move_codes", worsen)
     learner, codes = CodeLearner(model, every=1), codes_of(model)

@@ -12,6 +12,7 @@ from hf_vqlogits.conversion.held_out import split
 from hf_vqlogits.conversion.metric import token_metric
 from hf_vqlogits.conversion.streaming import KeptStates
 from hf_vqlogits.conversion.training import divergence
+from hf_vqlogits.ops import unpack_signs
 
 V, D, R = 60, 16, 24
 
@@ -71,6 +72,15 @@ def test_codes_stay_without_a_metric(setting):
     assert torch.equal(setting.head.codes, codes)
 
 
+def test_frozen_bits_stay(setting):
+    codes = unpack_signs(setting.head.codes, R)
+    done = setting.distill(40, metric=setting.metric, frozen_bits=9)
+    after = unpack_signs(setting.head.codes, R)
+    assert done.kl_after < done.kl_before
+    assert torch.equal(after[:, :9], codes[:, :9])
+    assert not torch.equal(after[:, 9:], codes[:, 9:])
+
+
 def test_what_is_told_is_the_divergence_of_the_head_that_is_kept(setting):
     told, advanced = [], []
     done = setting.distill(
@@ -105,7 +115,7 @@ def test_codes_that_make_it_worse_are_taken_back(setting, monkeypatch):
     codes = setting.head.codes.clone()
     damping = []
 
-    def spoil(head, metric, slope, value):
+    def spoil(head, metric, slope, value, frozen):
         assert torch.equal(head.codes, codes)
         damping.append(value)
         head.codes[:, 0] ^= 255
@@ -151,6 +161,20 @@ def test_an_interrupted_run_goes_on_to_the_same_head(setting, tmp_path, after):
     assert again == whole
     assert all(torch.equal(setting.head.state_dict()[k], wanted[k]) for k in wanted)
     assert {path.name for path in tmp_path.iterdir()} == {"state"}
+
+
+def test_the_state_of_a_finished_run_spares_the_training(setting, tmp_path, monkeypatch):
+    start = {k: v.clone() for k, v in setting.head.state_dict().items()}
+    options = {"metric": setting.metric, "state_file": tmp_path / "state"}
+    whole = setting.distill(20, **options)
+    wanted = {k: v.clone() for k, v in setting.head.state_dict().items()}
+    setting.head.load_state_dict(start)
+    monkeypatch.setattr(distillation, "held_out_kl", None)  # nothing is judged again
+    assert setting.distill(20, **options) == whole
+    assert all(torch.equal(setting.head.state_dict()[k], wanted[k]) for k in wanted)
+    setting.head.load_state_dict(start)
+    with pytest.raises(ConversionError, match="is of another distillation"):
+        setting.distill(20, frozen_bits=3, **options)
 
 
 def test_the_state_of_another_run_is_refused(setting, tmp_path):

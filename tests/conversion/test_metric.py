@@ -16,6 +16,15 @@ def test_whitened_rows_give_the_logits_up_to_a_constant():
     assert difference.abs().max() > 1e-2  # the mean row was taken out
 
 
+def test_whitened_form_is_the_inverse_of_the_product_form():
+    weight, bias, statistics = problem(vocab=40, size=5)
+    metric = token_metric(weight, statistics, bias=bias)
+    codebook = torch.randn(9, 6)
+    torch.testing.assert_close(
+        metric.whitened_form(*metric.product_form(codebook)), codebook, rtol=1e-3, atol=1e-4
+    )
+
+
 def test_with_a_soft_cap_the_constant_stays():
     weight, bias, statistics = problem(vocab=40, size=5)
     statistics.shift_invariant = False

@@ -11,6 +11,7 @@ from hf_vqlogits.conversion.report import (
     Candidate,
     ConversionReport,
     LadderRung,
+    NestedRung,
     megabytes,
     milliseconds,
     ratio,
@@ -152,6 +153,59 @@ def test_ladder_fits_80_columns(report):
 
 
 @pytest.fixture
+def of_several_sizes(report):
+    report.nested = [
+        NestedRung(0.99, 501, 0.65, 5_000_000, 1036.04, 12.3456, 0.8, 1.5e-4, 501),
+        NestedRung(0.98, 1_003, 1.31, 10_900_000, 31.5, 1.05, 0.91, 2.5e-4, 1_003),
+    ]
+    report.head_after["nested_bytes"] = 1_541_076
+    return report
+
+
+def test_sizes_inside_fit_80_columns(of_several_sizes):
+    lines = printed(of_several_sizes, 80).splitlines()
+    [start] = (i for i, line in enumerate(lines) if line.startswith("sizes inside"))
+    above, header, _, first, second = (
+        [cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")]
+        for line in lines[start + 2 : start + 7]
+    )
+    names = [f"{one} {two}".strip() for one, two in zip(above, header, strict=True)]
+    assert names == [
+        *("R", "saved", "bits a token", "bytes loaded"),
+        *("perplexity", "factor", "same token", "one row"),
+    ]
+    assert first == [
+        *("501", "99.0%", "501", "5.0 MB"),
+        *("1036.04", "x12.346", "80.0%", "0.15 ms"),
+    ]
+    assert second[:4] == ["1,003", "98.0%", "1,003", "10.9 MB"]
+    call = 'AutoModelForCausalLM.from_pretrained("gpt2-vq", num_codebooks=501)'
+    shown = printed(of_several_sizes, 200)
+    assert f"load one of them: {call}" in shown
+    assert "R = 1,003; inside it R = 501" in shown
+
+
+def test_codebooks_of_sizes_inside_are_counted(of_several_sizes):
+    rows = {name: values for name, *values in of_several_sizes.rows()}
+    assert rows["of these, codebooks of smaller sizes"] == ["", "1.5 MB"]
+
+
+def test_card_tells_how_a_size_inside_is_loaded(of_several_sizes):
+    card = model_card(of_several_sizes)
+    call = 'model = AutoModelForCausalLM.from_pretrained("gpt2-vq", num_codebooks=501)'
+    assert f"```python\n{call}\n```" in card
+    assert "| 501 | 99.0% | 501 | 5.0 MB | 1036.04 |" in card
+    assert "Sizes that were compared" not in card
+
+
+def test_what_was_distilled_of_several_sizes(of_several_sizes):
+    done = {"steps": 9, "kl_before": 0.3, "kl_after": 0.2, "stopped": None}
+    of_several_sizes.fit |= {"distillation": done, "end to end": done | {"steps": 8}}
+    assert of_several_sizes.distillation.startswith("of each size; of the whole 9 steps; diverg")
+    assert of_several_sizes.end_to_end.startswith("of the largest size alone: 8 steps; divergence")
+
+
+@pytest.fixture
 def searched(report):
     report.max_perplexity_increase = 0.02
     report.candidates = [
@@ -233,6 +287,7 @@ def test_card_tells_how_often_the_text_was_read(report, rereadings, told):
 def test_card_is_markdown_with_front_matter(report, rung):
     report.ladder = [rung]
     card = model_card(report)
+    assert "num_codebooks=" not in card
     assert ModelCard(card).data.to_dict() == {
         "base_model": "gpt2",
         "library_name": "transformers",
@@ -355,6 +410,12 @@ def test_a_dense_input_side(report, tied, words):
     report.tied_before = tied
     assert dict(report.facts())["input embedding"].startswith(words)
     assert not any("input embedding" in name for name, *_ in report.rows())
+
+
+def test_plot_draws_a_point_for_every_size_inside(of_several_sizes, drawn, tmp_path):
+    plot(of_several_sizes, tmp_path / "plot.png")
+    points = drawn[0].axes[-1].lines[0].get_xydata().tolist()
+    assert points == [[5.0, 12.3456], [10.9, 1.05]]
 
 
 def test_plot_draws_a_point_for_every_rung(report, rung, drawn, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from sign_problems import random_metric, random_signs
 
 from hf_vqlogits.conversion import sign_codebook, sign_search
-from hf_vqlogits.conversion.sign_search import SearchEffort, search_signs
+from hf_vqlogits.conversion.sign_search import SearchEffort, free_bits, search_signs
 
 DESCENT = SearchEffort(flips=1000, tenure=0, patience=1000)
 TABU = SearchEffort(flips=1000, tenure=5, patience=1000)
@@ -97,13 +98,19 @@ def test_compiled_and_torch_descend_alike(monkeypatch):
     tenure=st.integers(0, 40),
     patience=st.integers(0, 10),
     seed=st.integers(0, 2**64 - 1),
+    frozen=st.none() | st.integers(0, 40),
 )
-def test_search_never_makes_a_token_worse(tokens, bits, size, flips, tenure, patience, seed):
+def test_search_never_makes_a_token_worse(
+    tokens, bits, size, flips, tenure, patience, seed, frozen
+):
     metric, signs = random_metric(tokens, size), random_signs(tokens, bits)
     codebook = torch.randn(bits, size, generator=torch.Generator().manual_seed(bits))
-    before = errors(metric, signs, codebook)
+    before, codes = errors(metric, signs, codebook), signs.clone()
     effort = SearchEffort(flips=flips, tenure=tenure, patience=patience)
-    search_signs(metric, signs, codebook, effort=effort, seed=seed)
+    free = None if frozen is None else torch.arange(min(frozen, bits - 1), bits)
+    search_signs(metric, signs, codebook, effort=effort, seed=seed, free=free)
+    if free is not None:
+        assert torch.equal(signs[:, : free[0]], codes[:, : free[0]])
     assert (errors(metric, signs, codebook) <= before * (1 + 1e-4) + 1e-4).all()
 
 
@@ -119,6 +126,31 @@ def test_result_does_not_depend_on_the_threads(variant):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
+
+
+def test_free_bits_are_searched_as_if_alone_on_what_the_others_leave(variant):
+    metric, signs, codebook = random_metric(60, 9), random_signs(60, 23), torch.randn(23, 9)
+    free = torch.tensor([2, 3, 7, 11, 12, 20, 21, 22])
+    others = torch.tensor([bit for bit in range(23) if bit not in free])
+    rows = metric.rows.double() - signs[:, others].double() @ codebook[others].double()
+    alone = dataclasses.replace(metric, rows=rows.float())
+    wanted = signs[:, free].contiguous()
+    search_signs(alone, wanted, codebook[free], effort=TABU, seed=3)
+    before = signs.clone()
+    search_signs(metric, signs, codebook, effort=TABU, seed=3, free=free)
+    assert torch.equal(signs[:, others], before[:, others])
+    # Rounding may decide between two flips of nearly equal gain.
+    assert (signs[:, free] == wanted).all(1).float().mean() > 0.95
+    assert not torch.equal(wanted, before[:, free])
+
+
+@pytest.mark.parametrize(
+    ("frozen", "widths", "free"),
+    [(0, (3,), None), (2, (5,), [2, 3, 4]), (2, (4, 4), [2, 3, 6, 7]), (2, (4, 2), [2, 3])],
+)
+def test_bits_that_are_free(frozen, widths, free):
+    found = free_bits(frozen, *widths)
+    assert (None if found is None else found.tolist()) == free
 
 
 def test_zero_codebook_changes_nothing(variant):

@@ -181,6 +181,17 @@ def test_memory_grows_neither_with_the_text_nor_with_vocabulary_times_bits(monke
     assert vocab * size <= fit.elements < vocab * bits
 
 
+def test_nested_fits_take_no_more_memory(monkeypatch):
+    monkeypatch.setattr(signs, "ALTERNATIONS", 1)
+    vocab, size, bits = 20_000, 32, 100
+    weight, bias, statistics = problem(vocab=vocab, size=size)
+    fitter = SignFitter(weight, statistics, bias=bias)
+    small = fitter.fit(bits)
+    with LargestFloats() as fit:
+        fitter.fit(2 * bits, inside=small)
+    assert vocab * size <= fit.elements < vocab * bits
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_fit_on_a_gpu_is_as_good_as_on_the_processor():
@@ -242,3 +253,58 @@ def test_wrong_input_is_refused():
     weight[4, 2] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 30 rows \(4\)"):
         SignFitter(weight, statistics, bias=bias)
+
+
+def signs_of(fit):
+    """First and second signs, (V, R) and (F, R)."""
+    bits = len(fit.codebook)
+    second = torch.empty(0, bits) if fit.fine_codes is None else unpack_signs(fit.fine_codes, bits)
+    return unpack_signs(fit.codes, bits), second
+
+
+@pytest.mark.parametrize("fine", [0, 20, 200])
+def test_a_fit_holds_the_bits_of_a_smaller_one(fine):
+    weight, bias, statistics = problem(vocab=200, size=24)
+    fitter = SignFitter(weight, statistics, bias=bias)
+    small, alone = fitter.fit(12, fine), fitter.fit(29, fine)
+    # A codebook that was trained meanwhile does not matter to the bits.
+    small.codebook, small.codebook_bias = 1.1 * small.codebook, 1.1 * small.codebook_bias
+    fit = fitter.fit(29, fine, inside=small)
+    for held, found in zip(signs_of(small), signs_of(fit), strict=True):
+        assert torch.equal(found[:, :12], held)
+    assert fine == 0 or torch.equal(fit.fine_ids, small.fine_ids)
+    assert fit.codebook.shape == (29, 24)
+    assert fit.details["error"] < 0.9 * fit.details["error_greedy"]
+    assert fit.details["error"] < 1.5 * alone.details["error"]
+    assert fit.details["error"] < 0.5 * small.details["error"]
+    again = SignFitter(weight, statistics, bias=bias).fit(29, fine, inside=small)
+    assert torch.equal(again.codes, fit.codes)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    vocab=st.integers(1, 20),
+    size=st.integers(1, 6),
+    bits=st.lists(st.integers(1, 40), min_size=2, max_size=3, unique=True).map(sorted),
+    share=st.floats(0, 1),
+)
+def test_nested_fits_of_degenerate_layers(vocab, size, bits, share):
+    weight, bias, statistics = problem(vocab=vocab, size=size, positions=8)
+    fitter, fit = SignFitter(weight, statistics, bias=bias), None
+    for count in bits:
+        larger = fitter.fit(count, int(share * vocab), inside=fit)
+        assert torch.isfinite(larger.codebook).all()
+        if fit is not None:
+            for held, found in zip(signs_of(fit), signs_of(larger), strict=True):
+                assert torch.equal(found[:, : held.shape[1]], held)
+        fit = larger
+
+
+def test_a_fit_that_cannot_hold_the_smaller_one():
+    weight, bias, statistics = problem(vocab=30, size=6)
+    fitter = SignFitter(weight, statistics, bias=bias)
+    small = fitter.fit(8, 5)
+    with pytest.raises(ValueError, match="`num_codebooks` 8 must be above the 8 of the fit that"):
+        fitter.fit(8, 5, inside=small)
+    with pytest.raises(ValueError, match="`num_fine_tokens` 4 must name .*to be held, which has 5"):
+        fitter.fit(9, 4, inside=small)

@@ -31,7 +31,8 @@ def error_bound(scores, code_type, path):
     `avx512`: codes are cut into tables of 5 signs, or of as many indices as fit 5 bits, three
     tables a word, at most 17 words a segment, in segments of equal length. With b the sum over the
     F tables of a segment of half their range, entries are multiples of b / (32700 - F / 2), each
-    rounded by at most half of one. `plain` rounds as float32 does, and so do the sums of both.
+    rounded by at most half of one. `avx2`, `neon`: the same with 4 bits, two tables a word and 25
+    words. `plain` rounds as float32 does, and so do the sums of all.
     """
     scores = scores.double()
     if code_type == "sign":
@@ -41,12 +42,13 @@ def error_bound(scores, code_type, path):
         bits = max(1, (scores.shape[2] - 1).bit_length())
     largest = scores.abs() if code_type == "sign" else scores.abs().amax(2)
     bound = 1e-6 * largest.sum(1)
-    if path == "avx512":
-        per_word = 3 * (5 // bits)
+    if path != "plain":
+        field, fields, most = (5, 3, 17) if path == "avx512" else (4, 2, 25)
+        per_word = fields * (field // bits)
         words = -(-scores.shape[1] // per_word)
-        segments = -(-words // 17)
+        segments = -(-words // most)
         for segment in half_ranges.split(-(-words // segments) * per_word, dim=1):
-            tables = -(-segment.shape[1] // per_word) * 3
+            tables = -(-segment.shape[1] // per_word) * fields
             bound += tables / 2 * segment.sum(1) / (32700 - tables / 2)
     return bound.unsqueeze(1)
 
@@ -72,7 +74,8 @@ def test_sign_codes_stay_within_the_error_bound(path, rows, vocabulary, num_code
     assert bool((error <= error_bound(scores, "sign", path)).all())
 
 
-needs_avx512 = pytest.mark.skipif("avx512" not in PATHS, reason="no AVX-512")
+TABLE_PATHS = [path for path in PATHS if path != "plain"]
+each_table_path = pytest.mark.parametrize("path", TABLE_PATHS)
 
 
 def second_codes(vocabulary, count, num_codebooks):
@@ -82,41 +85,41 @@ def second_codes(vocabulary, count, num_codebooks):
     return ids.int(), references.random_sign_codes(count, num_codebooks, seed=4)
 
 
-@needs_avx512
+@each_table_path
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize(("rows", "vocabulary", "num_codebooks"), references.SIGN_SHAPES)
-def test_second_codes_stay_within_the_error_bound(rows, vocabulary, num_codebooks, share):
+def test_second_codes_stay_within_the_error_bound(path, rows, vocabulary, num_codebooks, share):
     scores = references.random_scores(rows, num_codebooks)
     codes = references.random_sign_codes(vocabulary, num_codebooks)
     ids, fine_codes = second_codes(vocabulary, int(share * vocabulary), num_codebooks)
     if rows and len(ids):
         fine_codes[0] = ops.pack_signs(scores[-1] > 0)
         fine_codes[-1] = ops.pack_signs(scores[-1] <= 0)
-    got = cpu.expand(scores, codes, "sign", "avx512", ids, fine_codes)
+    got = cpu.expand(scores, codes, "sign", path, ids, fine_codes)
     error = (got.double() - references.logits(scores, codes, "sign", ids, fine_codes)).abs()
     # Look-ups of the second code are off by as much as the first one's, and count half.
-    assert bool((error <= 1.5 * error_bound(scores, "sign", "avx512")).all())
+    assert bool((error <= 1.5 * error_bound(scores, "sign", path)).all())
 
 
-@needs_avx512
+@each_table_path
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_both_codes_are_rounded_once(dtype):
+def test_both_codes_are_rounded_once(path, dtype):
     codes, scores = codes_and_scores("sign")
     fine = second_codes(600, 60, 100)
     scores = scores.to(dtype)
-    got = cpu.expand(scores, codes, "sign", "avx512", *fine)
-    assert torch.equal(got, cpu.expand(scores.float(), codes, "sign", "avx512", *fine).to(dtype))
+    got = cpu.expand(scores, codes, "sign", path, *fine)
+    assert torch.equal(got, cpu.expand(scores.float(), codes, "sign", path, *fine).to(dtype))
 
 
-@needs_avx512
-def test_changed_second_codes_are_noticed():
+@each_table_path
+def test_changed_second_codes_are_noticed(path):
     codes, scores = codes_and_scores("sign")
     ids, fine_codes = second_codes(600, 60, 100)
 
     def check():
-        got = cpu.expand(scores, codes, "sign", "avx512", ids, fine_codes)
+        got = cpu.expand(scores, codes, "sign", path, ids, fine_codes)
         want = references.logits(scores, codes, "sign", ids, fine_codes)
-        assert bool(((got - want).abs() <= 1.5 * error_bound(scores, "sign", "avx512")).all())
+        assert bool(((got - want).abs() <= 1.5 * error_bound(scores, "sign", path)).all())
 
     check()
     fine_codes[7] ^= 255
@@ -128,19 +131,19 @@ def test_changed_second_codes_are_noticed():
     check()
 
 
-@needs_avx512
-def test_other_tokens_of_second_codes_are_noticed(monkeypatch):
+@each_table_path
+def test_other_tokens_of_second_codes_are_noticed(path, monkeypatch):
     """Even where a new tensor gets the identity of one that is gone."""
     monkeypatch.setattr(cpu, "id", lambda tensor: 7, raising=False)
     codes, scores = codes_and_scores("sign")
     ids, fine_codes = second_codes(600, 60, 100)
     for tokens in (ids, torch.arange(60)):
-        got = cpu.expand(scores, codes, "sign", "avx512", tokens, fine_codes)
+        got = cpu.expand(scores, codes, "sign", path, tokens, fine_codes)
         want = references.logits(scores, codes, "sign", tokens, fine_codes)
-        assert bool(((got - want).abs() <= 1.5 * error_bound(scores, "sign", "avx512")).all())
+        assert bool(((got - want).abs() <= 1.5 * error_bound(scores, "sign", path)).all())
 
 
-@needs_avx512
+@each_table_path
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
@@ -149,10 +152,10 @@ def test_other_tokens_of_second_codes_are_noticed(monkeypatch):
         ([3, 3], ValueError, "names a token twice"),
     ],
 )
-def test_impossible_tokens_of_second_codes_are_refused(ids, error, message):
+def test_impossible_tokens_of_second_codes_are_refused(path, ids, error, message):
     codes, scores = codes_and_scores("sign")
     with pytest.raises(error, match=message):
-        cpu.expand(scores, codes, "sign", "avx512", torch.tensor(ids), codes[:2].clone())
+        cpu.expand(scores, codes, "sign", path, torch.tensor(ids), codes[:2].clone())
 
 
 @each_path
@@ -161,9 +164,8 @@ def test_index_codes_stay_within_the_error_bound(path, rows, vocabulary, books, 
     scores = references.random_scores(rows, books, size) + 3
     codes = references.random_index_codes(vocabulary, books, size)
     if not cpu.supports(path, scores, codes, "index"):
-        assert path == "avx512"
-        assert size > 32
-        pytest.skip("more than 32 codewords")
+        assert size > cpu.LARGEST_CODEBOOKS[path]
+        pytest.skip("too many codewords")
     if rows:
         codes[0] = scores[-1].argmax(1)
         codes[-1] = scores[-1].argmin(1)
@@ -173,12 +175,12 @@ def test_index_codes_stay_within_the_error_bound(path, rows, vocabulary, books, 
         assert bool((error <= error_bound(scores, "index", path)).all())
 
 
-@needs_avx512
-def test_sixteen_bits_cost_little_of_the_deviation_of_the_logits():
+@each_table_path
+def test_sixteen_bits_cost_little_of_the_deviation_of_the_logits(path):
     scores = references.random_scores(4, 1000)
     codes = references.random_sign_codes(5000, 1000)
     want = references.logits(scores, codes, "sign")
-    error = cpu.expand(scores, codes, "sign", "avx512").double() - want
+    error = cpu.expand(scores, codes, "sign", path).double() - want
     assert 1e-5 < error.std() / want.std() < 2e-3
     assert error.abs().max() / want.std() < 5e-3
 
@@ -214,7 +216,7 @@ def test_scores_that_are_not_finite_spoil_their_own_row_only(path, code_type, va
     got = cpu.expand(scores, codes, code_type, path)
     others = torch.arange(9) != 4
     assert torch.equal(got[others], want[others])
-    if path == "avx512" or (code_type == "sign" and value != value):
+    if path != "plain" or (code_type == "sign" and value != value):
         assert bool(got[4].isnan().all())
     else:
         named = codes[:, 2] == 1 if code_type == "index" else torch.ones(600, dtype=torch.bool)
@@ -259,7 +261,7 @@ def test_a_row_does_not_depend_on_the_others(path, code_type):
     together = cpu.expand(scores, codes, code_type, path)
     for n in range(9):
         alone = cpu.expand(scores[n : n + 1], codes, code_type, path)
-        if path == "avx512":
+        if path != "plain":
             assert torch.equal(alone[0], together[n])  # integers are summed
         torch.testing.assert_close(alone[0], together[n])
 

@@ -7,18 +7,26 @@
 #include <new>
 
 #include "coding.h"
+#include "kernel_avx512.h"
+#include "kernel_bytes.h"
+#include "layout.h"
 #include "parallel.h"
-#include "tables_avx512.h"
 #include "tables_plain.h"
+#include "top.h"
 
 using vqlogits::Coding;
-using vqlogits::wide::Fine;
+using vqlogits::Fine;
+using vqlogits::Output;
+using vqlogits::Scoring;
 
 namespace {
 
 // `_INTERFACE` in ops/cpu.py; to be raised with every change of the functions below.
-constexpr int32_t kInterface = 2;
+constexpr int32_t kInterface = 5;
 constexpr int32_t kNoMemory = -1;
+
+// `_PATHS` in ops/cpu.py.
+enum Path : int32_t { kPlain = 0, kAvx512 = 1, kAvx2 = 2, kNeon = 3 };
 
 // Below this many look-ups a loop is over before other threads have woken up.
 constexpr int64_t kLookupsPerThread = 1 << 17;
@@ -30,19 +38,36 @@ int useful_threads(const Coding& coding, int64_t rows, int threads) {
   return static_cast<int>(useful < threads ? useful : threads);
 }
 
+// `function` of the shape of a path's look-ups.
+template <typename Function>
+auto with_shape(int32_t path, const Function& function) {
+  return path == kAvx512 ? function(vqlogits::Words()) : function(vqlogits::Bytes());
+}
+
 }  // namespace
 
 extern "C" {
 
 int32_t vqlogits_interface() { return kInterface; }
 
-// 1 when this build and this processor have the AVX-512 kernel.
-int32_t vqlogits_has_avx512() {
-#if VQLOGITS_AVX512
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-#else
-  return 0;
+// Whether this build and this processor have a path.
+int32_t vqlogits_has(int32_t path) {
+  switch (path) {
+    case kPlain:
+      return 1;
+#if VQLOGITS_X86
+    case kAvx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+    case kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+#elif VQLOGITS_BYTES
+    case kNeon:
+      return 1;
 #endif
+    default:
+      return 0;
+  }
 }
 
 // The address of GOMP_parallel in the OpenMP runtime that the process already uses, see parallel.h.
@@ -50,43 +75,106 @@ void vqlogits_use_openmp(void* gomp_parallel) {
   vqlogits::gomp_parallel.store(reinterpret_cast<vqlogits::GompParallel>(gomp_parallel));
 }
 
-// How many tokens a task of the AVX-512 kernel has, and a block of it.
-int64_t vqlogits_task_tokens() { return vqlogits::wide::kTaskTokens; }
-int64_t vqlogits_block_tokens() { return vqlogits::wide::kLanes; }
+// How many tokens a task of the kernels with tables in registers has, and a block of it.
+int64_t vqlogits_task_tokens() { return vqlogits::kTaskTokens; }
+int64_t vqlogits_block_tokens() { return vqlogits::kLanes; }
 
-// How many 16-bit words the tiled codes take; 0 when the AVX-512 kernel does not know such codes.
-int64_t vqlogits_tile_words(const Coding* coding) {
-  return vqlogits::wide::fits(*coding) ? vqlogits::wide::Fields(*coding).tile_words() : 0;
+// How many bytes the tiled codes of a path take; 0 when it does not know such codes.
+int64_t vqlogits_tile_bytes(int32_t path, const Coding* coding) {
+  return with_shape(path, [&](auto shape) -> int64_t {
+    using S = decltype(shape);
+    return S::fits(*coding) ? vqlogits::Fields<S>(*coding).tile_words() * sizeof(typename S::Word)
+                            : 0;
+  });
 }
 
-// codes as stored -> tiles [vqlogits_tile_words].
-void vqlogits_tile(const Coding* coding, const void* codes, uint16_t* tiles, int32_t threads) {
-  vqlogits::wide::tile(*coding, codes, tiles, threads);
+// codes as stored -> tiles [vqlogits_tile_bytes].
+void vqlogits_tile(int32_t path, const Coding* coding, const void* codes, void* tiles,
+                   int32_t threads) {
+  with_shape(path, [&](auto shape) {
+    vqlogits::tile<decltype(shape)>(*coding, codes, tiles, threads);
+    return 0;
+  });
 }
 
 // Second codes as stored, in the order of fine->ids -> tiles [32 fine->blocks[tasks] words].
-void vqlogits_tile_fine(const Coding* coding, const Fine* fine, const void* codes, uint16_t* tiles,
-                        int32_t threads) {
-  vqlogits::wide::tile_fine(*coding, *fine, codes, tiles, threads);
+void vqlogits_tile_fine(int32_t path, const Coding* coding, const Fine* fine, const void* codes,
+                        void* tiles, int32_t threads) {
+  with_shape(path, [&](auto shape) {
+    vqlogits::tile_fine<decltype(shape)>(*coding, *fine, codes, tiles, threads);
+    return 0;
+  });
 }
 
 // scores float32 [rows, ...], tiled codes, second codes or null -> out [rows, V]; type 0 float32,
 // 1 bfloat16, 2 float16.
-int32_t vqlogits_expand_avx512(const Coding* coding, const float* scores, const uint16_t* tiles,
-                               const Fine* fine, int64_t rows, int32_t type, void* out,
-                               int32_t threads) {
-#if VQLOGITS_AVX512
+int32_t vqlogits_expand_tiles(int32_t path, const Coding* coding, const float* scores,
+                              const void* tiles, const Fine* fine, int64_t rows, int32_t type,
+                              void* out, int32_t threads) {
+  threads = useful_threads(*coding, rows, threads);
+  const auto output = static_cast<Output>(type);
   try {
-    vqlogits::wide::expand(*coding, scores, tiles, fine, rows,
-                           static_cast<vqlogits::wide::Output>(type), out,
-                           useful_threads(*coding, rows, threads));
+#if VQLOGITS_X86
+    if (path == kAvx512) {
+      vqlogits::avx512::expand(*coding, scores, tiles, fine, rows, output, out, threads);
+    }
+#endif
+#if VQLOGITS_BYTES
+    if (path != kAvx512) {
+      vqlogits::bytes::expand(*coding, scores, tiles, fine, rows, output, out, threads);
+    }
+#endif
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   }
-#else
-  (void)coding, (void)scores, (void)tiles, (void)fine, (void)rows, (void)type, (void)out;
-  (void)threads;
+  (void)path, (void)scores, (void)tiles, (void)fine, (void)out, (void)output;
+  return 0;
+}
+
+// Hidden states of a few rows -> out [rows, V]; the rest as above.
+int32_t vqlogits_logits_tiles(int32_t path, const Coding* coding, const Scoring* scoring,
+                              const void* tiles, const Fine* fine, int64_t rows, int32_t type,
+                              void* out, int32_t threads) {
+  threads = useful_threads(*coding, rows, threads);
+  const auto output = static_cast<Output>(type);
+  try {
+#if VQLOGITS_X86
+    if (path == kAvx512) {
+      vqlogits::avx512::logits(*coding, *scoring, tiles, fine, rows, output, out, threads);
+    }
 #endif
+#if VQLOGITS_BYTES
+    if (path != kAvx512) {
+      vqlogits::bytes::logits(*coding, *scoring, tiles, fine, rows, output, out, threads);
+    }
+#endif
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+  (void)path, (void)scoring, (void)tiles, (void)fine, (void)out, (void)output;
+  return 0;
+}
+
+// scores float32 [rows, ...] -> values and tokens [rows, k], the k largest logits of each row.
+int32_t vqlogits_top_tiles(int32_t path, const Coding* coding, const float* scores,
+                           const void* tiles, const Fine* fine, int64_t rows, int64_t k,
+                           float* values, int64_t* tokens, int32_t threads) {
+  threads = useful_threads(*coding, rows, threads);
+  try {
+#if VQLOGITS_X86
+    if (path == kAvx512) {
+      vqlogits::avx512::top(*coding, scores, tiles, fine, rows, k, values, tokens, threads);
+    }
+#endif
+#if VQLOGITS_BYTES
+    if (path != kAvx512) {
+      vqlogits::bytes::top(*coding, scores, tiles, fine, rows, k, values, tokens, threads);
+    }
+#endif
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+  (void)path, (void)scores, (void)tiles, (void)fine, (void)k, (void)values, (void)tokens;
   return 0;
 }
 
