@@ -48,13 +48,13 @@ from .log_log import summarise
 from .record import record, write
 from .work_folder import WorkFolder
 
-SIZES, REPETITIONS = 9, 40
+SIZES, REPETITIONS = 8, 40
 QUICK_SIZES, QUICK_REPETITIONS = 3, 4
 SMALLEST, LARGEST, QUICK_LARGEST = 10**2, 10**5, 10**3
 HALF_RANGE = 3.0  # x is uniform on (-3, 3)
 START_NOISE = 0.1
 MIN_DEVIATION = 0.02  # the true ones are 0.5 and 0.6
-EM_STEPS = 30
+EM_STEPS = 15
 TOLERANCE = 1e-3  # nats of all observations: 5% of a standard error
 TOGETHER = 200_000  # observations of all repetitions that are fitted at once
 ACTIVATION = "gelu"
@@ -278,12 +278,7 @@ def report(told: Sequence[dict[str, Any]]) -> Table:
     table = Table("setting", "error of", "expected", *COLUMNS.values())
     for row in told:
         expected = row["expected_slope"]
-        cells = [
-            "-"
-            if slope is None
-            else f"{slope['value']:.3f} ({slope['low']:.3f}, {slope['high']:.3f})"
-            for slope in (row["slope"], row["slope_large_n"])
-        ]
+        cells = [describe(row["slopes"][kind]) for kind in COLUMNS]
         rate = "none" if expected is None else f"{expected:g}"
         table.add_row(row["setting"], row["quantity"], rate, *cells)
     return table

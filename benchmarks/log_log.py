@@ -14,7 +14,7 @@ Errors = Mapping[int, Sequence[float | None]]
 
 
 def summarise(errors: Errors, *, seed: int = 0) -> dict[str, Any]:
-    """Mean and median error at every sample size, and slopes of their logs over the log of the size.
+    """Mean and median error at every sample size, and slopes of their logs over log size.
 
     Bands are percentiles of bootstrap samples: repetitions are drawn again with replacement, within
     each sample size, as often as there are. Means of a few repetitions are ruled by the worst of

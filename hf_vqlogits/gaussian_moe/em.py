@@ -81,7 +81,7 @@ def em(
     settled = schedule is None
     for step in range(steps):
         if schedule is not None:
-            tau = schedule(step / steps)
+            tau = schedule((step + 1) / steps)
             settled = tau == schedule(1.0)
             log_temperature = torch.full_like(mixture.log_temperature, tau).log()
             mixture = replace(mixture, log_temperature=log_temperature)
@@ -155,14 +155,15 @@ def gate_features(mixture: Mixture, x: Tensor) -> tuple[Tensor, Tensor]:
         x: (..., N, d).
 
     Returns:
-        Of score i by (beta1_i, beta0_i), (..., N, k, d + 1), and of all scores by log tau, up to a
-        common shift, (..., N, k).
+        Of score i by (beta1_i, beta0_i), (..., k, d + 1, N), and of all scores by log tau, up to a
+        common shift, (..., k, N). Observations come last: sums over short last axes are slow.
     """
     tau = mixture.log_temperature.exp()[..., None, None]
-    slope = activation_slope(x @ mixture.slopes.mT, mixture.activation) / tau  # (..., N, k)
-    by_slopes = slope[..., None] * x[..., None, :]
-    by_bias = (1 / tau).expand_as(slope)[..., None]
-    return torch.cat([by_slopes, by_bias], -1), -mixture.log_gates(x)
+    turned = x.mT  # (..., d, N)
+    slope = activation_slope(mixture.slopes @ turned, mixture.activation) / tau  # (..., k, N)
+    by_slopes = slope[..., None, :] * turned[..., None, :, :]
+    by_bias = (1 / tau).expand_as(slope)[..., None, :]
+    return torch.cat([by_slopes, by_bias], -2), -mixture.log_gates(x).mT.contiguous()
 
 
 def moved_gate(mixture: Mixture, move: Tensor, learn_temperature: bool) -> Mixture:
@@ -196,20 +197,20 @@ def gate_step(mixture: Mixture, x: Tensor, shares: Tensor, learn_temperature: bo
         The mixture with a gate that is no worse.
     """
     log_gates = mixture.log_gates(x)
-    gates = log_gates.exp()
+    gates = log_gates.mT.exp().contiguous()  # (..., k, N)
     features, by_log_tau = gate_features(mixture, x)
-    missing = shares - gates
-    slope = (missing[..., None] * features).sum(-3).flatten(-2)  # (..., k (d + 1))
-    weighted = gates[..., None] * features
-    flat = weighted.flatten(-2)  # (..., N, k (d + 1))
-    fisher = -flat.mT @ flat
-    own = weighted.movedim(-2, -3).mT @ features.movedim(-2, -3)  # (..., k, d + 1, d + 1)
+    missing = shares.mT - gates
+    slope = (features @ missing[..., None])[..., 0].flatten(-2)  # (..., k (d + 1))
+    weighted = gates[..., None, :] * features
+    flat = weighted.flatten(-3, -2)  # (..., k (d + 1), N)
+    fisher = -flat @ flat.mT
+    own = weighted @ features.mT  # (..., k, d + 1, d + 1)
     k, width = own.shape[-3], own.shape[-1]
     blocks = fisher.unflatten(-1, (k, width)).unflatten(-3, (k, width))
     blocks.diagonal(dim1=-4, dim2=-2).add_(own.movedim(-3, -1))
     if learn_temperature:
-        centred = by_log_tau - (gates * by_log_tau).sum(-1, keepdim=True)
-        cross = (weighted * centred[..., None]).sum(-3).flatten(-2)[..., None]
+        centred = by_log_tau - (gates * by_log_tau).sum(-2, keepdim=True)
+        cross = (weighted @ centred[..., None]).flatten(-3, -2)
         corner = (gates * centred.square()).sum((-2, -1))[..., None, None]
         fisher = torch.cat([torch.cat([fisher, cross], -1), torch.cat([cross.mT, corner], -1)], -2)
         slope = torch.cat([slope, (missing * by_log_tau).sum((-2, -1))[..., None]], -1)

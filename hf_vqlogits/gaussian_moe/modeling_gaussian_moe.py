@@ -15,7 +15,7 @@ from .data import check_finite, columns
 from .gates import DenseToSparseGate
 from .mixture import Mixture
 
-AT_THE_FLOOR = 1.01  # a deviation below so many times the least one counts as collapsed
+AT_THE_FLOOR = 1.1  # a deviation below so many times the least one counts as collapsed
 
 
 @dataclass

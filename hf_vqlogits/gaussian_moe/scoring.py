@@ -1,8 +1,8 @@
 """The last part of the way to the maximum, where EM becomes slow.
 
 EM gains a fixed share of what is missing in every step, and less and less where components overlap
-or are more than needed. Fisher scoring moves all parameters together by (S^T S + damping)^-1 S^T 1,
-S being the N x P matrix of the observations' scores, whose product estimates the Fisher
+or are more than needed. Fisher scoring moves all parameters together by (S S^T + damping)^-1 S 1, S
+being the P x N matrix of the observations' scores, whose product estimates the Fisher
 information. The damping is that of Levenberg and Marquardt, one for each mixture: up after a step
 that gained less than it promised, down after one that kept its promise. No step lowers the
 likelihood.
@@ -58,7 +58,7 @@ def score_ascent(
     gained = torch.full_like(history[0], torch.inf)
     for _ in range(steps):
         matrix = scores(mixture, x, y, learn_temperature)
-        slope, fisher = matrix.sum(-2), matrix.mT @ matrix
+        slope, fisher = matrix.sum(-1), matrix @ matrix.mT
         move = _bounded(damped_solve(fisher, slope, damping), mixture, learn_temperature)
         promised = (move * slope).sum(-1) - 0.5 * (move * (fisher @ move[..., None])[..., 0]).sum(
             -1
@@ -89,27 +89,28 @@ def scores(mixture: Mixture, x: Tensor, y: Tensor, learn_temperature: bool) -> T
         learn_temperature: give that by log tau as well.
 
     Returns:
-        (..., N, P): by (beta1_i, beta0_i) for every i, by log tau if learned, by the rows of
+        (..., P, N): by (beta1_i, beta0_i) for every i, by log tau if learned, by the rows of
         (A_i, b_i), and by D_i in L_i (1 + D_i), D lower triangular.
     """
     whitened = mixture.whitened(x, y)  # (..., N, k, p)
     log_gates = mixture.log_gates(x)
-    shares = (log_gates + mixture.log_normal(whitened)).softmax(-1)
+    shares = (log_gates + mixture.log_normal(whitened)).softmax(-1).mT.contiguous()  # (..., k, N)
     features, by_log_tau = gate_features(mixture, x)
-    missing = shares - log_gates.exp()
-    parts = [(missing[..., None] * features).flatten(-2)]
+    missing = shares - log_gates.mT.exp()
+    parts = [(missing[..., None, :] * features).flatten(-3, -2)]
     if learn_temperature:
-        parts.append((missing * by_log_tau).sum(-1, keepdim=True))
-    p = whitened.shape[-1]
-    inverse = torch.linalg.inv(mixture.factors)  # (..., k, p, p)
-    pulls = (whitened[..., None, :] @ inverse[..., None, :, :, :])[..., 0, :]
-    inputs = torch.nn.functional.pad(x, (0, 1), value=1.0)
-    by_mean = (shares[..., None] * pulls)[..., None] * inputs[..., None, None, :]
-    parts.append(by_mean.flatten(-3))  # (..., N, k p (d + 1))
+        parts.append((missing * by_log_tau).sum(-2, keepdim=True))
+    turned = whitened.movedim(-3, -1).contiguous()  # (..., k, p, N)
+    p = turned.shape[-2]
+    pulls = torch.linalg.inv(mixture.factors).mT @ turned
+    inputs = torch.nn.functional.pad(x, (0, 1), value=1.0).mT.contiguous()  # (..., d + 1, N)
+    by_mean = (shares[..., None, :] * pulls)[..., None, :] * inputs[..., None, None, :, :]
+    parts.append(by_mean.flatten(-4, -2))  # (..., k p (d + 1), N)
     rows, columns = torch.tril_indices(p, p)
-    by_factor = whitened[..., rows] * whitened[..., columns] - (rows == columns).to(x.dtype)
-    parts.append((shares[..., None] * by_factor).flatten(-2))  # (..., N, k p (p + 1) / 2)
-    return torch.cat(parts, -1)
+    on_diagonal = (rows == columns).to(x.dtype)[:, None]
+    by_factor = turned[..., rows, :] * turned[..., columns, :] - on_diagonal
+    parts.append((shares[..., None, :] * by_factor).flatten(-3, -2))  # (..., k p (p + 1) / 2, N)
+    return torch.cat(parts, -2)
 
 
 def retracted(
