@@ -38,13 +38,13 @@ from torch import Tensor
 
 from hf_vqlogits.gaussian_moe.em import em
 from hf_vqlogits.gaussian_moe.gates import LINEAR
-from hf_vqlogits.gaussian_moe.mixture import Mixture
+from hf_vqlogits.gaussian_moe.mixture import TENSORS, Mixture
 from hf_vqlogits.gaussian_moe.scoring import score_ascent
 from hf_vqlogits.gaussian_moe.starts import perturbed
 from hf_vqlogits.gaussian_moe.voronoi import VoronoiErrors, voronoi
 
 from .gate_rates_plot import plot
-from .log_log import summarise
+from .log_log import describe, summarise
 from .record import record, write
 from .work_folder import WorkFolder
 
@@ -127,12 +127,10 @@ def fit(setting: Setting, n: int, repetitions: Sequence[int], seed: int) -> list
     true = truth(setting.activation)
     around = doubled(true) if setting.over else true
     drawn = [_draw(true, around, n, f"{seed} {setting.name} {n} {one}") for one in repetitions]
-    x, y = (torch.stack([one[i] for one in drawn]) for i in (0, 1))
+    x, y = torch.stack([x for x, _, _ in drawn]), torch.stack([y for _, y, _ in drawn])
     starts = [start for _, _, start in drawn]
-    names = ("slopes", "biases", "log_temperature", "coefficients", "intercepts", "factors")
-    start = replace(
-        around, **{name: torch.stack([getattr(one, name) for one in starts]) for name in names}
-    )
+    tensors = [torch.stack([getattr(one, name) for one in starts]) for name in TENSORS]
+    start = Mixture(*tensors, setting.activation)
     options: dict[str, Any] = {"min_deviation": MIN_DEVIATION, "learn_temperature": True}
     first = em(start, x, y, steps=EM_STEPS, tolerance=0.0, **options).mixture
     result = score_ascent(first, x, y, tolerance=TOLERANCE, **options)

@@ -86,12 +86,14 @@ def matrix(table: dict[str, np.ndarray], names: Sequence[str]) -> Tensor:
         try:
             values = values.astype(np.float64)
         except ValueError as error:
-            raise ConversionError(f"Column {name!r} holds something else than numbers: {error}.")
+            raise ConversionError(
+                f"Column {name!r} holds something else than numbers: {error}."
+            ) from error
         if values.ndim not in (1, 2):
             raise ConversionError(
                 f"Array {name!r} has the shape {values.shape}; it must have one or two axes."
             )
-        parts.append(values.reshape(len(values), -1))
+        parts.append(values if values.ndim == 2 else values[:, None])
     lengths = {name: len(part) for name, part in zip(names, parts, strict=True)}
     if len(set(lengths.values())) > 1:
         raise ConversionError(f"Columns of different lengths cannot be put together: {lengths}.")
