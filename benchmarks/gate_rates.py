@@ -129,8 +129,10 @@ def fit(setting: Setting, n: int, repetitions: Sequence[int], seed: int) -> list
     drawn = [_draw(true, around, n, f"{seed} {setting.name} {n} {one}") for one in repetitions]
     x, y = torch.stack([x for x, _, _ in drawn]), torch.stack([y for _, y, _ in drawn])
     starts = [start for _, _, start in drawn]
-    tensors = [torch.stack([getattr(one, name) for one in starts]) for name in TENSORS]
-    start = Mixture(*tensors, setting.activation)
+    tensors: dict[str, Any] = {
+        name: torch.stack([getattr(one, name) for one in starts]) for name in TENSORS
+    }
+    start = replace(around, **tensors)
     options: dict[str, Any] = {"min_deviation": MIN_DEVIATION, "learn_temperature": True}
     first = em(start, x, y, steps=EM_STEPS, tolerance=0.0, **options).mixture
     result = score_ascent(first, x, y, tolerance=TOLERANCE, **options)
