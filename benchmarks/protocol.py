@@ -13,6 +13,7 @@ The texts are read from `--data`: `wikitext2/valid.txt` (the WikiText-2 validati
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -58,7 +59,15 @@ class Case:
     def judge(self, heads: Mapping[str, Logits]) -> dict[str, dict[str, HeadScore]]:
         """Score heads on every text: text -> head -> score; `"dense"` is the original."""
         return {
-            text: compare_heads(hidden_states(self.parts.backbone, ids), self.parts.logits, heads)
+            text: compare_heads(states, self.parts.logits, heads)
+            for text, states in self._states.items()
+        }
+
+    @cached_property
+    def _states(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Hidden states of every text, for all heads that will be judged."""
+        return {
+            text: list(hidden_states(self.parts.backbone, ids))
             for text, ids in self.evaluation.items()
         }
 

@@ -4,7 +4,8 @@
 
 Writes the results, a plot beside them, and prints a table. Everything is fitted to the same text
 with the same statistics, made once, and judged on the same text by the project's protocol; no head
-is trained. `benchmarks/peers/catalogue.py` lists the peers and settings.
+is trained. `benchmarks/peers/catalogue.py` lists the peers and settings. With `--work FOLDER` each
+family of peers is kept there when it is done, and the same command goes on after an interrupt.
 
 How they are made comparable:
 - Bytes are all that the output layer needs in a file: codes without gaps, scales, zero points,
@@ -19,16 +20,18 @@ How they are made comparable:
 """
 
 import argparse
+import re
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from hf_vqlogits.conversion.calibration import CalibrationStatistics
 from hf_vqlogits.conversion.metric import token_metric
 from hf_vqlogits.conversion.quantise import Quantiser
 
@@ -36,10 +39,10 @@ from .peers.catalogue import FAMILIES, OURS
 from .peers.layer import Compressed, Layer, UnavailableError
 from .protocol import MODELS, Case, load_case
 from .quality_plot import plot
-from .rate_distortion import compare, sources
+from .rate_distortion import GaussianSource, compare, sources
 from .record import record, score_of, write
+from .work_folder import WorkFolder
 
-TOGETHER = 16  # layers judged in one pass over the text: 113 MB each for SmolLM2
 NOTES = [
     "The head of smollm2 comes from Q8_0: 8-bit peers in blocks of 32 are lossless by "
     "construction.",
@@ -50,8 +53,10 @@ NOTES = [
 PEER_PACKAGES = ("torchao", "hqq", "bitsandbytes")
 
 
-def measure(case: Case, *, seed: int, quick: bool) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Fit and judge all peers of one model.
+def measure(
+    case: Case, work: WorkFolder, *, seed: int, quick: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Fit and judge all peers of one model, but for those that are done.
 
     Returns:
         A row for every setting, and what could not be measured, with the reason.
@@ -63,52 +68,57 @@ def measure(case: Case, *, seed: int, quick: bool) -> tuple[list[dict[str, Any]]
     if parts.bias is not None or parts.transform != type(parts.transform)():
         raise ValueError(f"The output layer of {case.name} is not a plain matrix, as peers need.")
     quantiser = Quantiser(parts, case.corpus(), seed, show_progress=True)
-    with quantiser.timed("calibration"):
-        statistics = quantiser.calibrate()
+
+    def calibrate() -> dict[str, Any]:
+        with quantiser.timed("calibration"):
+            statistics = quantiser.calibrate()
+        return {"statistics": vars(statistics), "seconds": quantiser.seconds["calibration"]}
+
+    calibration = work.tensors(f"{case.name}-calibration", calibrate)
+    statistics = CalibrationStatistics(**calibration["statistics"])
     layer = Layer(case, quantiser, statistics)
     bounds = sources(token_metric(layer.weight, statistics))
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    candidates = _candidates(layer, quick, skipped)
-    while some := list(islice(candidates, TOGETHER)):
-        heads = {f"{row['peer']}, {row['setting']}": made for row, made in some}
-        scores = case.judge(heads)
-        for name, (row, made) in zip(heads, some, strict=True):
-            if row["peer"] == OURS:
-                details = made.details
-                row["rate_distortion"] = compare(
-                    bounds, details["bits_per_token"], details["error"]
-                )
-            rows.append(row | score_of(scores, name))
+    for peer in FAMILIES:
+        name = re.sub(r"\W+", "-", f"{case.name}-{peer}")
+        try:
+            found = work.result(name, partial(_judge_family, layer, peer, bounds, quick))
+        except UnavailableError as error:
+            skipped.append({"model": case.name, "peer": peer, "reason": str(error)})
+        else:
+            rows += found["rows"]
     for row in rows:
-        row["calibration_seconds"] = quantiser.seconds["calibration"]
+        row["calibration_seconds"] = calibration["seconds"]
         row["calibration_tokens"] = case.calibration.numel()
     return rows, skipped
 
 
-def _candidates(
-    layer: Layer, quick: bool, skipped: list[dict[str, str]]
-) -> Iterator[tuple[dict[str, Any], Compressed]]:
-    """Every setting of every family, with the first columns of its row."""
-    for peer, family in FAMILIES.items():
+def _judge_family(
+    layer: Layer, peer: str, bounds: dict[str, GaussianSource], quick: bool
+) -> dict[str, Any]:
+    """Rows of every setting of a family, judged in one pass over the text."""
+    rows: dict[str, dict[str, Any]] = {}
+    heads: dict[str, Compressed] = {}
+    start = time.perf_counter()
+    for setting, made in FAMILIES[peer](layer, quick):
+        heads[setting] = made
+        rows[setting] = {
+            "model": layer.case.name,
+            "peer": peer,
+            "setting": setting,
+            "bytes": made.total_bytes,
+            "bits_per_weight": made.bits_per_weight,
+            "seconds": time.perf_counter() - start,
+            "details": made.details,
+        }
+        if peer == OURS:
+            rows[setting]["rate_distortion"] = compare(
+                bounds, made.details["bits_per_token"], made.details["error"]
+            )
         start = time.perf_counter()
-        try:
-            for setting, made in family(layer, quick):
-                yield (
-                    {
-                        "model": layer.case.name,
-                        "peer": peer,
-                        "setting": setting,
-                        "bytes": made.total_bytes,
-                        "bits_per_weight": made.bits_per_weight,
-                        "seconds": time.perf_counter() - start,
-                        "details": made.details,
-                    },
-                    made,
-                )
-                start = time.perf_counter()
-        except UnavailableError as error:
-            skipped.append({"model": layer.case.name, "peer": peer, "reason": str(error)})
+    scores = layer.case.judge(heads)
+    return {"rows": [row | score_of(scores, setting) for setting, row in rows.items()]}
 
 
 def show(rows: list[dict[str, Any]], skipped: list[Any]) -> None:
@@ -165,8 +175,19 @@ def main() -> None:
     p.add_argument("--only", choices=MODELS, help="one of the models")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="a twentieth of the text, fewer settings")
+    p.add_argument("--work", type=Path, help="folder of what is done; default none is kept")
     p.add_argument("--output", type=Path, required=True)
     options = p.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"seed": options.seed, "quick": options.quick}
+        try:
+            work = WorkFolder(options.work or Path(folder), settings)
+        except ValueError as error:
+            p.error(str(error))
+        _run(options, work)
+
+
+def _run(options: argparse.Namespace, work: WorkFolder) -> None:
     rows: list[dict[str, Any]] = []
     skipped: list[Any] = []
     result = record(
@@ -180,7 +201,7 @@ def main() -> None:
     )
     for name in [options.only] if options.only else MODELS:
         case = load_case(name, options.data, options.models, quick=options.quick)
-        more_rows, more_skipped = measure(case, seed=options.seed, quick=options.quick)
+        more_rows, more_skipped = measure(case, work, seed=options.seed, quick=options.quick)
         rows += more_rows
         skipped += more_skipped
         # After each model: a run of an hour should not lose the first for the second.

@@ -11,6 +11,7 @@ from benchmarks import quality
 from benchmarks.peers import catalogue
 from benchmarks.peers.layer import UnavailableError
 from benchmarks.protocol import Case
+from benchmarks.work_folder import WorkFolder
 from hf_vqlogits.conversion.families import LogitTransform, take_apart
 
 VOCAB, SIZE = 2000, 64
@@ -40,7 +41,6 @@ def test_results_plot_and_table(case, tmp_path, monkeypatch, capsys):
     names = set(catalogue.FAMILIES) - {"torchao", "HQQ", "bitsandbytes nf4"}
     some_families(monkeypatch, *(name for name in catalogue.FAMILIES if name in names))
     monkeypatch.setattr(quality, "load_case", lambda *_, **__: case)
-    monkeypatch.setattr(quality, "TOGETHER", 5)
     output = tmp_path / "new" / "quality.json"
     words = ["quality", "--quick", "--only", "gpt2-novels", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", words)
@@ -76,13 +76,43 @@ def test_results_plot_and_table(case, tmp_path, monkeypatch, capsys):
 def test_heads_that_are_no_plain_matrix_are_refused(case):
     case.parts.transform = LogitTransform(softcap=30.0)
     with pytest.raises(ValueError, match="gpt2-novels is not a plain matrix"):
-        quality.measure(case, seed=0, quick=True)
+        quality.measure(case, None, seed=0, quick=True)
 
 
-def test_libraries_take_part(case, monkeypatch):
+def test_finished_families_are_kept(case, tmp_path, monkeypatch, capsys):
+    some_families(monkeypatch, "dense", "low rank")
+    monkeypatch.setattr(quality, "load_case", lambda *_, **__: case)
+    output = tmp_path / "quality.json"
+    words = ["quality", "--quick", "--only", "gpt2-novels", "--output", str(output)]
+    words += ["--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", words)
+
+    def interrupt(layer, quick):
+        raise KeyboardInterrupt
+        yield
+
+    real = quality.FAMILIES["low rank"]
+    monkeypatch.setitem(quality.FAMILIES, "low rank", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quality.main()
+    monkeypatch.setitem(quality.FAMILIES, "low rank", real)
+    monkeypatch.setitem(quality.FAMILIES, "dense", interrupt)
+    monkeypatch.setattr(quality.Quantiser, "calibrate", None)
+    quality.main()
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["peer"] for row in rows] == ["dense", "low rank"]
+    assert all(row["calibration_tokens"] == case.calibration.numel() for row in rows)
+    monkeypatch.setattr(sys, "argv", [*words, "--seed", "1"])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert "is of other settings (seed 0, not 1)" in capsys.readouterr().err
+
+
+def test_libraries_take_part(case, tmp_path, monkeypatch):
     for name in ("torchao", "bitsandbytes"):
         pytest.importorskip(name)
     some_families(monkeypatch, "torchao", "bitsandbytes nf4")
-    rows, _ = quality.measure(case, seed=0, quick=True)
+    work = WorkFolder(tmp_path, {})
+    rows, _ = quality.measure(case, work, seed=0, quick=True)
     assert [row["peer"] for row in rows] == ["torchao", "torchao", "bitsandbytes nf4"]
     assert all(row["factor"] == pytest.approx(1, abs=0.05) for row in rows)
