@@ -34,8 +34,9 @@ LOSS_ROWS = 8192
 def make_head(bits: int, device: torch.device) -> VQLogitsHead:
     """A random head in bfloat16."""
     config = LlamaConfig(vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE)
-    options = {"num_codebooks": bits, "num_fine_tokens": FINE_TOKENS}
-    head = VQLogitsHead(VQLogitsConfig(text_config=config, **options))
+    head = VQLogitsHead(
+        VQLogitsConfig(text_config=config, num_codebooks=bits, num_fine_tokens=FINE_TOKENS)
+    )
     return head.to(device, torch.bfloat16)
 
 
