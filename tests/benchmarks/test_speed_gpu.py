@@ -9,11 +9,11 @@ from benchmarks import speed_gpu
 @pytest.fixture
 def small_head(monkeypatch):
     """A small layer on the processor, with a memory that is not counted."""
-    for name, value in (("VOCAB_SIZE", 300), ("HIDDEN_SIZE", 16), ("FINE_TOKENS", 9)):
+    for name, value in (("VOCAB_SIZE", 300), ("HIDDEN_SIZE", 32), ("FINE_TOKENS", 9)):
         monkeypatch.setattr(speed_gpu, name, value)
     for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
-    return speed_gpu.make_head(20, torch.device("cpu")), torch.randn(300, 16).bfloat16()
+    return speed_gpu.make_head(20, torch.device("cpu")), torch.randn(300, 32).bfloat16()
 
 
 def test_logits_and_loss_are_timed(small_head):
