@@ -218,6 +218,8 @@ class VQLogitsHead(CodedLayer):
         reduction: str = "mean",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> Tensor:
         """Logits, or with `labels` the cross-entropy, which never builds the N x V logits.
 
@@ -230,6 +232,8 @@ class VQLogitsHead(CodedLayer):
             reduction: `"mean"` over the positions that count, `"sum"`, or `"none"` for (...).
             ignore_index: label of the positions that do not count.
             label_smoothing: as in `torch.nn.functional.cross_entropy`.
+            z_loss: weight of logsumexp(logits)^2 in the loss of every position.
+            num_items_in_batch: with `"mean"`, divide the sum by this number instead.
 
         Returns:
             Logits (..., V) in the type of the scores; with `labels` the loss in nats, float32.
@@ -273,6 +277,8 @@ class VQLogitsHead(CodedLayer):
             label_smoothing=label_smoothing,
             logit_scale=self.logit_scale,
             final_logit_softcapping=self.final_logit_softcapping,
+            z_loss=z_loss,
+            num_items_in_batch=num_items_in_batch,
         )
         return loss.view(positions) if reduction == "none" else loss
 

@@ -385,10 +385,7 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
         self, hidden_states: Tensor, shift_labels: Tensor, num_items: int | Tensor | None
     ) -> Tensor:
         labels = shift_labels.to(hidden_states.device).reshape(hidden_states.shape[:-1])
-        if num_items is None:
-            return self.lm_head(hidden_states, labels)
-        loss = self.lm_head(hidden_states, labels, reduction="sum")
-        return loss / (num_items.to(loss.device) if torch.is_tensor(num_items) else num_items)
+        return self.lm_head(hidden_states, labels, num_items_in_batch=num_items)
 
     def _with_router_loss(
         self, loss: Tensor, outputs: ModelOutput, attention_mask: Any

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import interpreter  # noqa: F401  (before anything that imports Triton)
 import pytest
 import torch
 import transformers

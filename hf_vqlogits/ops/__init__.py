@@ -1,9 +1,9 @@
 """Operations on codes, scores and logits; they know tensors only.
 
 `eager.py` is the specification. `registration.py`, `cross_entropy.py` and `gather.py` declare the
-operations to PyTorch, `backends.py` chooses who computes them: `eager.py`, `matmul.py` or the
-compiled `cpu.py`. `direct.py` takes a few rows from hidden states to logits,
-`top.py` all rows to the largest of them.
+operations to PyTorch, `backends.py` chooses who computes them: `eager.py`, `matmul.py`, the
+compiled `cpu.py`, or on a GPU `triton_expand.py` and `triton_cross_entropy.py`. `direct.py` takes a
+few rows from hidden states to logits, `top.py` all rows to the largest of them.
 """
 
 from .cross_entropy import linear_cross_entropy

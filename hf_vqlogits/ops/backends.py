@@ -10,18 +10,20 @@ The environment variable `VQLOGITS_BACKEND` forces one, for tests and comparison
     avx2     the same with tables of half the size, in AVX2 registers
     neon     the same, in NEON registers
     plain    the compiled kernel, portable C++
+    triton   the GPU kernels, which read the codes themselves
 
-Gradients have no kernel: the compiled names choose as `auto` does for them.
+On the CPU gradients have no kernel: the compiled names choose as `auto` does for them. So does
+`triton` where it has none: for index codes, whose gradient and loss are computed by PyTorch.
 """
 
 import os
 
 from torch import Tensor
 
-from . import cpu, matmul
+from . import cpu, matmul, triton_backend
 
 COMPILED = ("cpu", *cpu.LARGEST_CODEBOOKS, "plain")
-BACKENDS = ("auto", "eager", "matmul", *COMPILED)
+BACKENDS = ("auto", "eager", "matmul", *COMPILED, "triton")
 VARIABLE = "VQLOGITS_BACKEND"
 
 
@@ -41,7 +43,7 @@ def requested() -> str:
 
 
 def for_expand(scores: Tensor, codes: Tensor, code_type: str) -> str:
-    """`eager`, `matmul` or one of [`cpu.paths`] for the logits of these scores.
+    """`eager`, `matmul`, `triton` or one of [`cpu.paths`] for the logits of these scores.
 
     Raises:
         ValueError: `VQLOGITS_BACKEND` is unknown.
@@ -65,20 +67,48 @@ def for_expand(scores: Tensor, codes: Tensor, code_type: str) -> str:
             "`torch.inference_mode()`. "
             "Unset the variable to have a backend chosen."
         )
+    if _takes_triton(name, scores, codes):
+        return "triton"
+    if name == "triton":
+        reason = triton_backend.obstacle(scores.device)
+        raise RuntimeError(
+            f"{VARIABLE}={name} cannot be obeyed: the scores are {scores.dtype} "
+            f"{tuple(scores.shape)} on {scores.device}{f' ({reason})' if reason else ''}. The "
+            "kernels take float32, bfloat16 and float16, and no codes made under "
+            "`torch.inference_mode()`. Unset the variable to have a backend chosen."
+        )
     return _without_kernel(name, scores, codes, code_type, scores.shape[1])
 
 
 def for_expand_backward(grad: Tensor, codes: Tensor, code_type: str, num_codebooks: int) -> str:
-    """`eager` or `matmul` for the gradient of scores with G or R codebooks.
+    """`eager`, `matmul` or `triton` for the gradient of scores with G or R codebooks.
 
     Raises:
         ValueError: `VQLOGITS_BACKEND` is unknown.
     """
     name = requested()
+    if code_type == "sign" and _takes_triton(name, grad, codes):
+        return "triton"
     if name not in ("eager", "matmul") and grad.device.type == "cpu" and cpu.paths():
         # Nothing else keeps the +-1 matrix then, and to unpack it costs a fraction of the product.
         return "eager"
     return _without_kernel(name, grad, codes, code_type, num_codebooks)
+
+
+def for_cross_entropy(scores: Tensor, codes: Tensor, code_type: str) -> str:
+    """`triton`, or `chunked` for logits of a chunk of rows at a time by [`for_expand`].
+
+    Raises:
+        ValueError: `VQLOGITS_BACKEND` is unknown.
+    """
+    if code_type == "sign" and _takes_triton(requested(), scores, codes):
+        return "triton"
+    return "chunked"
+
+
+def _takes_triton(name: str, tensor: Tensor, codes: Tensor) -> bool:
+    wanted = name == "triton" or (name == "auto" and tensor.device.type == "cuda")
+    return wanted and triton_backend.supports(tensor, codes)
 
 
 def _without_kernel(

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import importlib.machinery
 import logging
-import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +73,6 @@ class _PreparedFine(NamedTuple):
     fine: _Fine
     address: int  # of `fine`
     kept_alive: tuple[Tensor, ...]  # what it points to
-    ids: weakref.ref[Tensor]  # the tensor that said which tokens
 
 
 class _Prepared(NamedTuple):
@@ -308,10 +306,7 @@ def _prepare_fine(
 
     if not TensorCache.can_hold(fine_codes) or not TensorCache.can_hold(fine_ids):
         return make()
-    key = (path, vocabulary, id(fine_ids), fine_ids._version)
-    prepared = _prepared_fine.get(fine_codes, key, make)
-    # An identity may be given out again once its tensor is gone.
-    return prepared if prepared.ids() is fine_ids else make()
+    return _prepared_fine.get(fine_codes, (path, vocabulary), make, others=(fine_ids,))
 
 
 def _make_prepared_fine(
@@ -340,7 +335,7 @@ def _make_prepared_fine(
     library.vqlogits_tile_fine(
         path, coding, address, rows.data_ptr(), tiles.data_ptr(), torch.get_num_threads()
     )
-    return _PreparedFine(fine, address, kept_alive, weakref.ref(fine_ids))
+    return _PreparedFine(fine, address, kept_alive)
 
 
 @functools.cache

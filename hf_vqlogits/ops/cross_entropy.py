@@ -7,6 +7,8 @@ and at once the gradient of its scores, N x R numbers in all, which backward sca
 of the losses. Where a dense layer needs three products of inner size d, this takes two of inner
 size R, one of them by table look-ups. Memory is O(N R) beside the logits of one chunk.
 
+On a GPU, sign codes have kernels that reduce the logits tile by tile (`triton_cross_entropy.py`).
+
 With index codes and G = 1 all tokens of a codeword have the same logit, and the sum over tokens is
 one over codewords, each counted as often as there are tokens: exact in O(N K), without logits.
 """
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import eager
+from . import backends, eager
 from .registration import (
     CODES,
     LIBRARY,
@@ -38,6 +40,7 @@ class _Options(NamedTuple):
     label_smoothing: float
     logit_scale: float
     softcap: float | None
+    z_loss: float
 
 
 def linear_cross_entropy(
@@ -56,6 +59,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
     final_logit_softcapping: float | None = None,
+    z_loss: float = 0.0,
+    num_items_in_batch: int | Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
     """Cross-entropy between the logits of a vector-quantised output layer and labels.
@@ -80,7 +85,12 @@ def linear_cross_entropy(
         label_smoothing: as in `torch.nn.functional.cross_entropy`, from 0 to 1.
         logit_scale: factor on every logit.
         final_logit_softcapping: c of softcap(x) = c tanh(x / c), or None.
-        chunk_size: rows whose logits exist at a time; None takes 64 MB of logits.
+        z_loss: weight of logsumexp(logits)^2, which is added to every row's loss (ST-MoE,
+            arXiv 2202.08906).
+        num_items_in_batch: with `"mean"`, divide the sum by this number, as Trainer does with rows
+            spread over several batches, and not by that of the rows that count here.
+        chunk_size: rows whose logits exist at a time; None takes 64 MB of logits. The GPU kernels
+            for sign codes keep none.
 
     Returns:
         The loss in nats, a scalar, or (N,) with `"none"` (0 at ignored rows); float32, or float64
@@ -94,6 +104,7 @@ def linear_cross_entropy(
     """
     _check_tensors(hidden, labels, codebook, codebook_bias)
     _check_options(reduction, label_smoothing, final_logit_softcapping, chunk_size)
+    _check_loss_options(reduction, z_loss, num_items_in_batch)
     scores = eager.scores(hidden, codebook, codebook_bias, scale=score_scale)
     losses, _ = torch.ops.vqlogits.cross_entropy.default(
         scores,
@@ -106,12 +117,16 @@ def linear_cross_entropy(
         label_smoothing,
         logit_scale,
         final_logit_softcapping,
+        z_loss,
         chunk_size,
         torch.is_grad_enabled() and scores.requires_grad,
     )
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / (labels != ignore_index).sum()
+    if reduction == "sum":
+        return losses.sum()
+    count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return losses.sum() / (count.to(losses.device) if isinstance(count, Tensor) else count)
 
 
 def compute_cross_entropy(
@@ -125,13 +140,14 @@ def compute_cross_entropy(
     label_smoothing: float,
     logit_scale: float,
     final_logit_softcapping: float | None,
+    z_loss: float,
     chunk_size: int | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Losses (N,) and the gradient of each in its row of scores, shaped as those or empty."""
     check(scores, codes, code_type, fine_ids, fine_codes)
     fine = (fine_ids, fine_codes)
-    options = _Options(label_smoothing, logit_scale, final_logit_softcapping)
+    options = _Options(label_smoothing, logit_scale, final_logit_softcapping, z_loss)
     exact = eager.sum_dtype(scores.dtype)
     losses = scores.new_zeros(scores.shape[0], dtype=exact)
     gradient = torch.zeros_like(scores) if with_gradient else scores.new_empty(0)
@@ -140,6 +156,21 @@ def compute_cross_entropy(
     classes = codes.shape[0] if counts is None else len(counts)
     rows = (labels != ignore_index).nonzero().squeeze(1)
     _check_labels(labels[rows], codes.shape[0], ignore_index)
+    if len(rows) and backends.for_cross_entropy(scores, codes, code_type) == "triton":
+        from . import triton_cross_entropy  # which cannot be imported without Triton
+
+        with without_autocast(scores.device):
+            losses[rows], found = triton_cross_entropy.losses_and_gradient(
+                scores[rows],
+                codes,
+                *fine,
+                labels[rows],
+                **options._asdict(),
+                with_gradient=with_gradient,
+            )
+        if found is not None:
+            gradient[rows] = found
+        return losses, gradient
     size = chunk_size or max(1, _CHUNK_BYTES // (max(1, classes) * exact.itemsize))
     with without_autocast(scores.device):
         for chunk in rows.split(size):
@@ -183,10 +214,15 @@ def _losses_and_slope(
     largest = z.amax(1, keepdim=True)
     z.sub_(largest).exp_()
     total = z.sum(1, keepdim=True)
-    losses += (largest + total.log()).squeeze(1)
+    logsumexp = largest + total.log()
+    losses += logsumexp.squeeze(1)
+    if options.z_loss:
+        losses += options.z_loss * logsumexp.squeeze(1).square()
     if not with_slope:
         return losses, None
     z.div_(total)  # probabilities
+    if options.z_loss:
+        z.mul_(1 + 2 * options.z_loss * logsumexp)
     z[rows, target] -= 1 - smoothing
     if smoothing:
         z -= smoothing / z.shape[1] if counts is None else smoothing * counts / counts.sum()
@@ -224,12 +260,12 @@ def _gradient_of_losses(
             "graph of its gradient; use `expand` and torch.nn.functional.cross_entropy instead."
         )
     if grad_losses is None:
-        return (None,) * 12
+        return (None,) * 13
     gradient, labels = ctx.saved_tensors
     # The mean over no rows has an infinite gradient; ignored rows have none, as in PyTorch.
     factor = grad_losses.masked_fill(labels == ctx.ignore_index, 0)
     factor = factor.view(-1, *[1] * (gradient.dim() - 1))
-    return ((factor * gradient).to(gradient.dtype), *[None] * 11)
+    return ((factor * gradient).to(gradient.dtype), *[None] * 12)
 
 
 def _shapes(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -269,6 +305,18 @@ def _check_options(
         raise ValueError(f"`chunk_size` is {chunk_size}; it must be at least one row, or None.")
 
 
+def _check_loss_options(
+    reduction: str, z_loss: float, num_items_in_batch: int | Tensor | None
+) -> None:
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"`z_loss` is {z_loss}; it must be a finite weight, 0 for none.")
+    if num_items_in_batch is not None and reduction != "mean":
+        raise ValueError(
+            f"`num_items_in_batch` divides the sum in the place of a mean, but `reduction` is "
+            f"{reduction!r}; leave one of them out."
+        )
+
+
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     wrong = labels[(labels < 0) | (labels >= vocabulary)]
     if len(wrong):
@@ -280,8 +328,8 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
 
 LIBRARY.define(
     f"cross_entropy(Tensor scores, {CODES}, Tensor labels, int ignore_index, "
-    "float label_smoothing, float logit_scale, float? final_logit_softcapping, int? chunk_size, "
-    "bool with_gradient) -> (Tensor, Tensor)",
+    "float label_smoothing, float logit_scale, float? final_logit_softcapping, float z_loss, "
+    "int? chunk_size, bool with_gradient) -> (Tensor, Tensor)",
     tags=TAGS,
 )
 LIBRARY.impl("cross_entropy", compute_cross_entropy, "CompositeExplicitAutograd")

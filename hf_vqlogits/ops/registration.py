@@ -59,7 +59,7 @@ def expand(
             without their tokens, `code_type` is unknown, or the environment variable
             `VQLOGITS_BACKEND`, which forces a backend, is (see `backends.py`).
         RuntimeError: that variable forces a kernel that is missing or does not know such tensors.
-        IndexError: an index code lies outside 0..K-1 (by the compiled kernels; elsewhere whatever
+        IndexError: an index code lies outside 0..K-1 (by the kernels; elsewhere whatever
             PyTorch's own indexing raises on the device).
     """
     logits: Tensor = torch.ops.vqlogits.expand.default(
@@ -80,6 +80,10 @@ def compute_expand(
     backend = backends.for_expand(scores, codes, code_type)
     if backend in cpu.LARGEST_CODEBOOKS:
         return cpu.expand(scores, codes, code_type, backend, fine_ids, fine_codes)
+    if backend == "triton":
+        from . import triton_expand  # which cannot be imported without Triton
+
+        return triton_expand.expand(scores, codes, code_type, fine_ids, fine_codes)
     if fine_ids is None or fine_codes is None:
         return _expand_codes(scores, codes, code_type, backend)
     exact = scores.to(eager.sum_dtype(scores.dtype))  # two sums, to be rounded once
@@ -106,6 +110,10 @@ def compute_expand_backward(
     shape: tuple[int, ...],
 ) -> Tensor:
     """Gradient of [`expand`] with respect to scores of the given shape."""
+    if backends.for_expand_backward(grad, codes, code_type, shape[1]) == "triton":
+        from . import triton_expand  # which cannot be imported without Triton
+
+        return triton_expand.expand_backward(grad, codes, shape[1], fine_ids, fine_codes)
     sums = _expand_codes_backward(grad, codes, code_type, shape)
     if fine_ids is None or fine_codes is None:
         return sums

@@ -16,6 +16,7 @@ Value = TypeVar("Value")
 
 class _Entry(NamedTuple):
     tensor: weakref.ref[Tensor]
+    others: tuple[weakref.ref[Tensor], ...]
     state: tuple[Any, ...]
     value: Any
 
@@ -38,30 +39,48 @@ class TensorCache(Generic[Value]):
         """Whether edits of the tensor can be noticed."""
         return not tensor.is_inference()
 
-    def get(self, tensor: Tensor, key: Hashable, make: Callable[[], Value]) -> Value:
+    def get(
+        self,
+        tensor: Tensor,
+        key: Hashable,
+        make: Callable[[], Value],
+        others: tuple[Tensor, ...] = (),
+    ) -> Value:
         """The value of (tensor, key), made by `make()` unless it is there.
 
-        The value must not refer to the tensor, which would keep both alive for ever.
+        Where it derives from `others` as well, it is made anew once one of those was edited or
+        another tensor takes its place. The value must not refer to the tensors, which would keep
+        all alive for ever.
         """
         # The state is read before the value is made: the next call finds an edit made meanwhile.
-        state = (tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride())
+        state = tuple(map(_state, (tensor, *others)))
         place = (id(tensor), key)
-        value = self._find(tensor, place, state)
+        value = self._find(tensor, others, place, state)
         if value is None:
             with self._lock:  # one thread makes it, the others wait
-                value = self._find(tensor, place, state)
+                value = self._find(tensor, others, place, state)
                 if value is None:
                     value = make()
                     reference = weakref.ref(tensor, self._forgetter(place))
-                    self._entries[place] = _Entry(reference, state, value)
+                    beside = tuple(map(weakref.ref, others))
+                    self._entries[place] = _Entry(reference, beside, state, value)
         return value
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _find(self, tensor: Tensor, place: tuple[int, Hashable], state: tuple[Any, ...]) -> Any:
+    def _find(
+        self,
+        tensor: Tensor,
+        others: tuple[Tensor, ...],
+        place: tuple[int, Hashable],
+        state: tuple[Any, ...],
+    ) -> Any:
         entry = self._entries.get(place)
         if entry is None or entry.tensor() is not tensor or entry.state != state:
+            return None
+        # An address may be given out again once its tensor is gone.
+        if any(was() is not other for was, other in zip(entry.others, others, strict=True)):
             return None
         return entry.value
 
@@ -72,3 +91,7 @@ class TensorCache(Generic[Value]):
                 del self._entries[place]
 
         return forget
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride()

@@ -3,7 +3,7 @@ import references
 import torch
 
 from hf_vqlogits import ops
-from hf_vqlogits.ops import backends, cpu, matmul
+from hf_vqlogits.ops import backends, cpu, matmul, triton_backend
 
 
 @pytest.fixture
@@ -84,8 +84,67 @@ def test_codes_whose_edits_cannot_be_noticed_are_not_kept(choose, monkeypatch):
 @pytest.mark.parametrize("name", [*backends.BACKENDS])
 def test_gradients_never_need_a_kernel(name, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, name)
+    monkeypatch.setattr(triton_backend, "usable", lambda device: False)
     for paths in ((), ("plain",)):
         monkeypatch.setattr(cpu, "paths", lambda paths=paths: paths)
         backend = backends.for_expand_backward(torch.zeros(2, 30), SIGN[1], "sign", 20)
         kept = name == "matmul" or (name != "eager" and not paths)
         assert backend == ("matmul" if kept else "eager")
+
+
+class OnGPU:
+    """Stands for a tensor on a GPU, of which the choice reads no more than this."""
+
+    device = torch.device("cuda", 0)
+    is_inference = staticmethod(lambda: False)
+
+    def __init__(self, tensor):
+        self.dtype, self.shape = tensor.dtype, tensor.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_uses_triton(dtype, choose, monkeypatch):
+    monkeypatch.setattr(triton_backend, "usable", lambda device: device.type == "cuda")
+    for name in ("auto", "triton"):
+        for scores, codes, code_type in (SIGN, LARGE):
+            assert choose(name, OnGPU(scores.to(dtype)), codes, code_type) == "triton"
+        grad = OnGPU(torch.zeros(2, 30, dtype=dtype))
+        assert backends.for_expand_backward(grad, SIGN[1], "sign", 20) == "triton"
+        assert backends.for_expand_backward(grad, LARGE[1], "index", 3) == "eager"
+        assert backends.for_cross_entropy(OnGPU(SIGN[0].to(dtype)), *SIGN[1:]) == "triton"
+        assert backends.for_cross_entropy(OnGPU(LARGE[0].to(dtype)), *LARGE[1:]) == "chunked"
+    for name in ("eager", "matmul"):
+        assert choose(name, OnGPU(SIGN[0]), *SIGN[1:]) == name
+        assert backends.for_expand_backward(grad, SIGN[1], "sign", 20) == name
+        assert backends.for_cross_entropy(OnGPU(SIGN[0]), *SIGN[1:]) == "chunked"
+    with pytest.raises(RuntimeError, match="VQLOGITS_BACKEND=cpu cannot be obeyed"):
+        choose("cpu", OnGPU(SIGN[0]), *SIGN[1:])
+
+
+def test_a_gpu_without_triton_uses_pytorch(choose, monkeypatch):
+    monkeypatch.setattr(triton_backend, "obstacle", lambda device: "no such module")
+    assert choose("auto", OnGPU(SIGN[0]), *SIGN[1:]) == "matmul"
+    assert choose("auto", OnGPU(SMALL[0]), *SMALL[1:]) == "eager"
+    assert backends.for_cross_entropy(OnGPU(SIGN[0]), *SIGN[1:]) == "chunked"
+    with pytest.raises(RuntimeError, match=r"=triton cannot be obeyed: .* \(no such module\)"):
+        choose("triton", OnGPU(SIGN[0]), *SIGN[1:])
+
+
+def test_triton_knows_no_double_precision_and_keeps_no_codes_of_inference(choose, monkeypatch):
+    monkeypatch.setattr(triton_backend, "obstacle", lambda device: None)
+    with torch.inference_mode():
+        codes = SIGN[1].clone()
+    assert choose("auto", OnGPU(SIGN[0].double()), *SIGN[1:]) == "matmul"
+    assert choose("auto", OnGPU(SIGN[0]), codes, "sign") == "eager"
+    with pytest.raises(RuntimeError, match="take float32, bfloat16 and float16, and no codes"):
+        choose("triton", OnGPU(SIGN[0].double()), *SIGN[1:])
+    with pytest.raises(RuntimeError, match="torch.float32 .* and no codes made under"):
+        choose("triton", OnGPU(SIGN[0]), codes, "sign")
+
+
+def test_the_processor_never_asks_for_triton(choose, monkeypatch):
+    monkeypatch.setattr(triton_backend, "usable", lambda device: True)
+    assert choose("auto", *SIGN) != "triton"
+    grad = torch.zeros(2, 30)
+    assert backends.for_expand_backward(grad, SIGN[1], "sign", 20) != "triton"
+    assert backends.for_cross_entropy(*SIGN) == "chunked"

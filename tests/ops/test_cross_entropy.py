@@ -42,7 +42,7 @@ def make_problem(kind, dtype=torch.float64, rows=9, seed=0):
     return torch.randn(rows, HIDDEN, dtype=dtype, requires_grad=True), labels, head
 
 
-def dense_loss(hidden, labels, head, *, scale=1.0, cap=None, **options):
+def dense_loss(hidden, labels, head, *, scale=1.0, cap=None, z_loss=0.0, **options):
     """The loss of the written-out logits, in float64."""
     exact = {k: head[k].detach().double() for k in ("codebook", "codebook_bias")}
     for tensor in exact.values():
@@ -52,6 +52,13 @@ def dense_loss(hidden, labels, head, *, scale=1.0, cap=None, **options):
     z = scale * references.logits(scores, **codes_of(head))
     z = z if cap is None else cap * torch.tanh(z / cap)
     loss = functional.cross_entropy(z, labels, ignore_index=IGNORED, **options)
+    if z_loss:
+        squares = z.logsumexp(1).square().masked_fill(labels == IGNORED, 0)
+        reduction = options.get("reduction", "mean")
+        count = (labels != IGNORED).sum()
+        loss = loss + z_loss * {"none": squares, "sum": squares.sum()}.get(
+            reduction, squares.sum() / count
+        )
     return loss, (exact_hidden, *exact.values())
 
 
@@ -74,14 +81,21 @@ def gradients(hidden, head):
 @each_kind
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(
-    ("smoothing", "scale", "cap", "chunk_size"),
-    [(0.0, 1.0, None, None), (0.1, 1.0, None, 2), (0.0, 0.3, 2.0, 1), (1.0, 1.7, 5.0, 100)],
+    ("smoothing", "scale", "cap", "z_loss", "chunk_size"),
+    [
+        (0.0, 1.0, None, 0.0, None),
+        (0.1, 1.0, None, 0.0, 2),
+        (0.0, 0.3, 2.0, 0.0, 1),
+        (0.0, 1.0, None, 0.1, 3),
+        (1.0, 1.7, 5.0, 0.01, 100),
+    ],
 )
 def test_loss_and_gradients_are_those_of_the_dense_logits(
-    kind, reduction, smoothing, scale, cap, chunk_size
+    kind, reduction, smoothing, scale, cap, z_loss, chunk_size
 ):
     hidden, labels, head = make_problem(kind)
     options = {"reduction": reduction, "label_smoothing": smoothing, "scale": scale, "cap": cap}
+    options["z_loss"] = z_loss
     want, exact = dense_loss(hidden, labels, head, **options)
     got = chunked_loss(hidden, labels, head, chunk_size=chunk_size, **options)
     torch.testing.assert_close(got, want)
@@ -93,12 +107,20 @@ def test_loss_and_gradients_are_those_of_the_dense_logits(
 
 
 @each_kind
+@pytest.mark.parametrize("number", [20, torch.tensor(20)])
+def test_the_number_of_rows_may_be_that_of_several_batches(kind, number):
+    hidden, labels, head = make_problem(kind)
+    got = chunked_loss(hidden, labels, head, num_items_in_batch=number)
+    torch.testing.assert_close(got, chunked_loss(hidden, labels, head, reduction="sum") / 20)
+
+
+@each_kind
 def test_gradcheck(kind):
     hidden, labels, head = make_problem(kind, rows=4)
 
     def function(hidden, codebook, codebook_bias):
         tensors = {"codebook": codebook, "codebook_bias": codebook_bias}
-        options = {"scale": 0.7, "cap": 3.0, "label_smoothing": 0.1, "chunk_size": 3}
+        options = {"scale": 0.7, "cap": 3.0, "label_smoothing": 0.1, "z_loss": 0.1, "chunk_size": 3}
         return chunked_loss(hidden, labels, head | tensors, **options)
 
     inputs = (hidden, head["codebook"], head["codebook_bias"])
@@ -179,7 +201,7 @@ def test_ignored_rows_are_not_computed(kind, monkeypatch):
 def test_evaluation_keeps_no_gradient(kind):
     hidden, labels, head = make_problem(kind)
     scores = torch.randn(9, *head["codebook_bias"].shape)
-    arguments = (scores, *codes_of(head).values(), labels, IGNORED, 0.0, 1.0, None, None)
+    arguments = (scores, *codes_of(head).values(), labels, IGNORED, 0.0, 1.0, None, 0.0, None)
     losses, gradient = cross_entropy.compute_cross_entropy(*arguments, False)
     assert gradient.numel() == 0
     again, gradient = cross_entropy.compute_cross_entropy(*arguments, True)
@@ -200,7 +222,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(kind, cap):
     labels = torch.randint(0, vocabulary, (rows,))
     with LargestTensor() as largest:
         cross_entropy.compute_cross_entropy(
-            scores, codes, kind, None, None, labels, IGNORED, 0.1, 0.5, cap, chunk, True
+            scores, codes, kind, None, None, labels, IGNORED, 0.1, 0.5, cap, 0.01, chunk, True
         )
     # The signs of a piece of the vocabulary are the one thing beside chunks of logits.
     assert largest.elements <= max(chunk * vocabulary, 40 * vocabulary)
@@ -211,7 +233,7 @@ def test_one_codebook_needs_no_logits_at_all():
     vocabulary, rows = 3000, 64
     codes = references.random_index_codes(vocabulary, 1, 9)
     labels = torch.randint(0, vocabulary, (rows,))
-    scores, options = torch.randn(rows, 1, 9), (IGNORED, 0.1, 0.5, 3.0, None, True)
+    scores, options = torch.randn(rows, 1, 9), (IGNORED, 0.1, 0.5, 3.0, 0.01, None, True)
     with LargestTensor() as largest:
         cross_entropy.compute_cross_entropy(scores, codes, "index", None, None, labels, *options)
     assert largest.elements == vocabulary  # the codes themselves, when tokens are counted
@@ -243,7 +265,7 @@ def test_pytorch_accepts_the_registration(kind):
     _, labels, head = make_problem(kind)
     scores = torch.randn(9, *head["codebook_bias"].shape, dtype=torch.float64, requires_grad=True)
     arguments = (scores, *codes_of(head).values(), labels, IGNORED)
-    options = (0.1, 0.7, 30.0, 5, True)
+    options = (0.1, 0.7, 30.0, 0.01, 5, True)
     torch.library.opcheck(torch.ops.vqlogits.cross_entropy.default, (*arguments, *options))
 
 
@@ -283,6 +305,9 @@ def test_codes_out_of_range_are_refused():
         ({"label_smoothing": 1.5}, ValueError, "`label_smoothing` is 1.5"),
         ({"label_smoothing": float("nan")}, ValueError, "`label_smoothing` is nan"),
         ({"final_logit_softcapping": 0.0}, ValueError, "`final_logit_softcapping` is 0.0"),
+        ({"z_loss": -0.1}, ValueError, "`z_loss` is -0.1; it must be a finite weight"),
+        ({"z_loss": float("nan")}, ValueError, "`z_loss` is nan"),
+        ({"num_items_in_batch": 3, "reduction": "sum"}, ValueError, "but `reduction` is 'sum'"),
         ({"chunk_size": 0}, ValueError, "`chunk_size` is 0; it must be at least one row"),
         ({"codebook": torch.zeros(13, 5)}, ValueError, r"`codebook` has shape \(13, 5\)"),
         ({"codebook_bias": torch.zeros(12)}, ValueError, r"it must be \(12, 6\)"),
@@ -306,6 +331,6 @@ def test_the_default_chunk_is_bounded_in_bytes(monkeypatch):
     ops.expand(scores, head["codes"], code_type="index")  # the kernel keeps its form of the codes
     with LargestTensor() as largest:
         cross_entropy.compute_cross_entropy(
-            scores, *codes_of(head).values(), labels, IGNORED, 0.0, 1.0, None, None, False
+            scores, *codes_of(head).values(), labels, IGNORED, 0.0, 1.0, None, 0.0, None, False
         )
     assert largest.elements < 4 * VOCABULARY

@@ -3,7 +3,7 @@ import references
 import torch
 
 from hf_vqlogits import ops
-from hf_vqlogits.ops import backends, cpu
+from hf_vqlogits.ops import backends, cpu, triton_backend
 
 SIGN_CODES = references.random_sign_codes(301, 37)
 INDEX_CODES = references.random_index_codes(301, 3, 5)
@@ -18,6 +18,7 @@ CASES = {
 }
 each_case = pytest.mark.parametrize("name", CASES)
 FORCED = ("eager", "matmul", *cpu.paths())
+INTERPRETED = ("triton",) if triton_backend.usable(torch.device("cpu")) else ()
 
 
 def case(name, dtype=torch.float64):
@@ -28,11 +29,13 @@ def case(name, dtype=torch.float64):
 
 @each_case
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_pytorch_accepts_the_registration(name, requires_grad):
-    scores, codes = case(name)
+@pytest.mark.parametrize("backend", ["auto", *INTERPRETED])
+def test_pytorch_accepts_the_registration(name, requires_grad, backend, monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, backend)
+    scores, codes = case(name, torch.float32 if backend == "triton" else torch.float64)
     scores.requires_grad_(requires_grad)
     torch.library.opcheck(torch.ops.vqlogits.expand.default, (scores, *codes.values()))
-    grad = references.random_scores(4, 301).double().requires_grad_(requires_grad)
+    grad = references.random_scores(4, 301).to(scores.dtype).requires_grad_(requires_grad)
     arguments = (grad, *codes.values(), list(scores.shape))
     torch.library.opcheck(torch.ops.vqlogits.expand_backward.default, arguments)
 
@@ -53,7 +56,7 @@ def test_gradients_of_both_orders(name, backend, monkeypatch):
 
 
 @each_case
-@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("backend", FORCED + INTERPRETED)
 def test_every_backend_gives_the_same_gradient(name, backend, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, backend)
     scores, codes = case(name, torch.float32)
@@ -66,7 +69,7 @@ def test_every_backend_gives_the_same_gradient(name, backend, monkeypatch):
 
 
 @each_case
-@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("backend", FORCED + INTERPRETED)
 def test_autocast_leaves_the_type_of_the_scores(name, backend, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, backend)
     scores, codes = case(name, torch.float32)
@@ -80,7 +83,9 @@ def test_autocast_leaves_the_type_of_the_scores(name, backend, monkeypatch):
 
 
 @each_case
-def test_compilation_without_graph_breaks(name):
+@pytest.mark.parametrize("backend", ["auto", *INTERPRETED])
+def test_compilation_without_graph_breaks(name, backend, monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, backend)
     scores, codes = case(name, torch.float32)
 
     def function(scores):
@@ -94,6 +99,20 @@ def test_compilation_without_graph_breaks(name):
         want.sum().backward()
         got.sum().backward()
         torch.testing.assert_close(traced.grad, eager.grad)
+
+
+@each_case
+def test_export_sees_one_operation(name):
+    scores, codes = case(name, torch.float32)
+
+    class Layer(torch.nn.Module):
+        def forward(self, scores):
+            return ops.expand(scores, **codes)
+
+    program = torch.export.export(Layer(), (scores,))
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.vqlogits.expand.default]
+    torch.testing.assert_close(program.module()(scores), ops.expand(scores, **codes))
 
 
 @each_case

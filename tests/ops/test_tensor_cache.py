@@ -121,3 +121,26 @@ def test_one_thread_makes_what_many_want(cache):
     for thread in threads:
         thread.join()
     assert len(calls) == 1
+
+
+def test_values_of_several_tensors_follow_all_of_them(cache):
+    tensor, other = torch.ones(3), torch.ones(2)
+
+    def look_up(other):
+        calls = []
+
+        def make():
+            calls.append(1)
+            return int(tensor.sum() + other.sum())
+
+        return cache.get(tensor, "key", make, (other,)), bool(calls)
+
+    assert look_up(other) == (5, True)
+    assert look_up(other) == (5, False)
+    other += 1
+    assert look_up(other) == (7, True)
+    tensor += 1
+    assert look_up(other) == (10, True)
+    assert look_up(other.clone()) == (10, True)
+    assert look_up(torch.zeros(2)) == (6, True)
+    assert len(cache) == 1
