@@ -17,8 +17,8 @@ from hf_vqlogits.conversion import (
     convert,
     convert_to_vq,
     corpus,
-    distillation,
     quantise,
+    training,
 )
 from hf_vqlogits.conversion.assessment import assess
 from hf_vqlogits.conversion.cli import main, parser
@@ -253,17 +253,17 @@ def test_an_interrupted_conversion_goes_on(tiny_folder, text_file, tmp_path, mon
     options = {"bits": 12, "calibration_data": str(text_file), "distill_steps": 20}
     whole = convert_to_vq(tiny_folder, **options)
     options["distill_state"] = tmp_path / "state"
-    save = distillation.save_state
+    save = training.save_state
 
     def interrupt(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(distillation, "save_state", interrupt)
+    monkeypatch.setattr(training, "save_state", interrupt)
     with pytest.raises(KeyboardInterrupt, match="^$"):
         convert_to_vq(tiny_folder, **options)
     assert (tmp_path / "state").exists()
-    monkeypatch.setattr(distillation, "save_state", save)
+    monkeypatch.setattr(training, "save_state", save)
     again = convert_to_vq(tiny_folder, **options)
     assert not (tmp_path / "state").exists()
     for name, tensor in whole.model.lm_head.state_dict().items():

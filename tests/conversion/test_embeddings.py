@@ -13,12 +13,12 @@ from hf_vqlogits.conversion import (
     ConversionError,
     convert,
     convert_to_vq,
-    distillation,
     embeddings,
-    end_to_end,
     quantise,
+    training,
 )
 from hf_vqlogits.conversion.card import model_card
+from hf_vqlogits.conversion.distillation_state import END_TO_END
 from hf_vqlogits.conversion.embeddings import (
     FLATTENING,
     SMOOTHING,
@@ -275,19 +275,24 @@ def test_a_conversion_interrupted_in_its_last_stage_goes_on_there(
     options |= {"distill_steps": 8, "input_distill_steps": 20}
     whole = convert_to_vq(tiny_folder, **options)
     options["distill_state"] = tmp_path / "state"
-    save, told = end_to_end.save_state, []
+    save, told = training.save_state, []
 
-    def interrupt(*arguments):
-        save(*arguments)
-        raise KeyboardInterrupt
+    def interrupt(file, stage, *arguments):
+        save(file, stage, *arguments)
+        if stage == END_TO_END:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(end_to_end, "save_state", interrupt)
+    def record(file, stage, *arguments):
+        save(file, stage, *arguments)
+        told.append(stage)
+
+    monkeypatch.setattr(training, "save_state", interrupt)
     with pytest.raises(KeyboardInterrupt, match="^$"):
         convert_to_vq(tiny_folder, **options)
-    monkeypatch.setattr(end_to_end, "save_state", lambda *a: told.append(save(*a)))
-    monkeypatch.setattr(distillation, "save_state", None)  # the head's stage is over
+    monkeypatch.setattr(training, "save_state", record)
     again = convert_to_vq(tiny_folder, **options)
-    assert len(told) == 4  # of five checks the first was made before
+    # The head's stage is over, and of five checks the first was made before.
+    assert told == [END_TO_END] * 4
     assert list(tmp_path.iterdir()) == []
     assert again.fit["distillation"] == whole.fit["distillation"]
     assert again.fit["end to end"] == whole.fit["end to end"]
