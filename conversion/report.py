@@ -32,7 +32,7 @@ class LadderRung:
 
 @dataclass
 class NestedRung(LadderRung):
-    """One size of a checkpoint that holds several; `bytes` are those that loading it reads.
+    """One size of a checkpoint that holds several; `bytes` are those of its layer once loaded.
 
     Attributes:
         num_codebooks: R, by which it is loaded.

@@ -160,7 +160,8 @@ class VQLogitsHead(CodedLayer):
             smaller: of sign codes; its size is one of `nested_codebooks`.
 
         Raises:
-            ValueError: this head has no room for that size, or its codes are other ones.
+            ValueError: this head has no room for that size, or its codes are other ones, or other
+                tokens have second ones.
         """
         bits = smaller.num_codebooks
         if bits not in self.nested_codebooks:
@@ -168,15 +169,21 @@ class VQLogitsHead(CodedLayer):
                 f"The head has no room for a smaller one of {bits} bits: `nested_codebooks` is "
                 f"{self.nested_codebooks}."
             )
-        pairs = [(self.codes, smaller.codes)]
-        if self.fine_codes is not None and smaller.fine_codes is not None:
-            pairs.append((self.fine_codes, smaller.fine_codes))
-        if not all(torch.equal(cut_codes(own, bits), other) for own, other in pairs):
+        own, held = self._first_bits(bits), smaller._first_bits(bits)
+        same = len(own) == len(held)
+        if not (same and all(torch.equal(a, b) for a, b in zip(own, held, strict=True))):
             raise ValueError(
                 f"The codes of the smaller head are not the first {bits} bits of this one's."
             )
         setattr(self, f"codebook_{bits}", smaller.codebook.detach().clone())
         setattr(self, f"codebook_bias_{bits}", smaller.codebook_bias.detach().clone())
+
+    def _first_bits(self, bits: int) -> list[Tensor]:
+        """All that says which codes tokens have, of so many bits."""
+        found = [cut_codes(self.codes, bits)]
+        if self.fine_ids is not None and self.fine_codes is not None:
+            found += [cut_codes(self.fine_codes, bits), self.fine_ids]
+        return found
 
     @torch.no_grad()
     def keep_codebooks(self, num_codebooks: int) -> None:

@@ -410,6 +410,19 @@ def test_a_smaller_head_that_is_not_inside(nested_head):
         small.hold(other)
 
 
+def test_a_smaller_head_whose_second_codes_are_other_tokens():
+    head = make_head(CODES["sign"] | NESTED, num_fine_tokens=30)
+    small = copy.deepcopy(head)
+    small.keep_codebooks(5)
+    head.hold(small)
+    moved, without = copy.deepcopy(small), copy.deepcopy(small)
+    moved.fine_ids = moved.fine_ids + 1
+    without.fine_ids = without.fine_codes = None
+    for other in (moved, without):
+        with pytest.raises(ValueError, match="smaller head are not the first 5 bits of this one"):
+            head.hold(other)
+
+
 def test_random_nested_heads_have_logits_like_a_dense_layers():
     head = make_head(CODES["sign"] | NESTED)
     head.keep_codebooks(23)
