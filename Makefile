@@ -59,7 +59,9 @@ benchmarks-quick: $(INSTALLED)
 	$(BIN)/python -m benchmarks.quality $(QUICK) --only gpt2-novels --output "$$quick/quality.json"; \
 	$(BIN)/python -m benchmarks.ablation $(QUICK) --output "$$quick/ablation.json"; \
 	if [ -d $(SHARED)/data/nsl_kdd ]; then $(BIN)/python -m benchmarks.gru_svm --quick \
-		--data $(SHARED)/data --work "$$quick/work" --output "$$quick/gru_svm.json"; fi
+		--data $(SHARED)/data --work "$$quick/work" --output "$$quick/gru_svm.json"; fi; \
+	$(BIN)/python -m benchmarks.gate_rates --quick --work "$$quick/rates" \
+		--output "$$quick/gate_rates.json"
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info

@@ -20,9 +20,12 @@ def record(benchmark: str, *packages: str, **figures: Any) -> dict[str, Any]:
         packages: whose versions matter besides the usual ones.
         figures: the result itself.
     """
-    command = " ".join(["python -m", f"benchmarks.{benchmark}", *sys.argv[1:]])
+    words = sys.argv[1:]
+    for i, word in enumerate(words[:-1]):
+        if word == "--work":
+            words[i + 1] = "WORK"  # any folder does, and this one is of this machine
     return {
-        "command": command,
+        "command": " ".join(["python -m", f"benchmarks.{benchmark}", *words]),
         "machine": machine(),
         "versions": versions(*packages),
         **figures,
