@@ -2,10 +2,11 @@
 
     python -m benchmarks.gate_rates --work WORK --output benchmarks/results/gate_rates.json
 
-The experiment of "Is Temperature Sample Efficient for Softmax Gaussian Mixture of Experts?" by
-Nguyen, Akbarian and Ho: data from a mixture with d = p = 1 and two components, x uniform; maximum
-likelihood with the temperature among the parameters, with two components (exactly specified) and
-with three (over-specified); Voronoi loss (`hf_vqlogits.gaussian_moe.voronoi`) over n.
+An experiment of the kind of "Is Temperature Sample Efficient for Softmax Gaussian Mixture of
+Experts?" by Nguyen, Akbarian and Ho, with a truth of ours: data from a mixture with d = p = 1 and
+two components, x uniform; maximum likelihood with the temperature among the parameters, with two
+components (exactly specified) and with three (over-specified); Voronoi loss
+(`hf_vqlogits.gaussian_moe.voronoi`) over n.
 
 A fit starts at the truth, one component doubled where it is over-specified, plus noise of
 `START_NOISE` on every parameter, **the same at every n**, so that the start brings no rate of its
