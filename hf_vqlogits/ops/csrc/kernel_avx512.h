@@ -30,8 +30,33 @@ namespace vqlogits::avx512 {
 using S = Words;
 constexpr int kRows = 4, kPairBlocks = 2, kSingleBlocks = 2;
 
-VQLOGITS_TARGET inline void put_entries(const int16_t* entries, int16_t* to) {
-  std::memcpy(to, entries, S::kEntries * sizeof(int16_t));
+struct FieldScores {
+  float of[S::kFieldBits];
+};
+
+// The 32 partial sums of a field of sign codes; returns the largest of them.
+VQLOGITS_TARGET inline float sign_sums(const FieldScores& scores, float* sums) {
+  // Bit i of the lane number is the sign of score i.
+  __m512 sum = _mm512_setzero_ps();
+  constexpr __mmask16 kBit[4] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00};
+  for (int i = 0; i < 4; i++) {
+    const __m512 score = _mm512_set1_ps(scores.of[i]);
+    sum = _mm512_mask_add_ps(_mm512_sub_ps(sum, score), kBit[i], sum, score);
+  }
+  _mm512_storeu_ps(sums, _mm512_sub_ps(sum, _mm512_set1_ps(scores.of[4])));
+  _mm512_storeu_ps(sums + 16, _mm512_add_ps(sum, _mm512_set1_ps(scores.of[4])));
+  float largest = 0.0f;
+  for (const float score : scores.of) largest += score < 0 ? -score : score;
+  return largest;
+}
+
+// sums * factor, rounded -> a table as it is looked up.
+VQLOGITS_TARGET inline void put_entries(const float* sums, float factor, int16_t* to) {
+  for (int half = 0; half < S::kEntries; half += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(sums + half), _mm512_set1_ps(factor));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + half),
+                        _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(scaled)));
+  }
 }
 
 // 16 floats -> float16.

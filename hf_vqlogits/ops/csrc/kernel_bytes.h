@@ -169,11 +169,36 @@ namespace vqlogits::bytes {
 using S = Bytes;
 constexpr int kRows = 4, kPairBlocks = 1, kSingleBlocks = 2;
 
-VQLOGITS_TARGET inline void put_entries(const int16_t* entries, int16_t* to) {
+struct FieldScores {
+  float of[S::kFieldBits];
+};
+
+// The 16 partial sums of a field of sign codes, bit i of the entry being the sign of score i; returns
+// the largest of them.
+VQLOGITS_TARGET inline float sign_sums(const FieldScores& scores, float* sums) {
+  float largest = 0.0f;
+  sums[0] = 0.0f;
+  for (int i = 0, size = 1; i < S::kFieldBits; i++, size *= 2) {
+    const float score = scores.of[i];
+    for (int entry = 0; entry < size; entry++) {
+      sums[size + entry] = sums[entry] + score;
+      sums[entry] -= score;
+    }
+    largest += score < 0 ? -score : score;
+  }
+  return largest;
+}
+
+// sums * factor, rounded -> a table as it is looked up: the low bytes, then the high ones.
+VQLOGITS_TARGET inline void put_entries(const float* sums, float factor, int16_t* to) {
   auto* bytes = reinterpret_cast<uint8_t*>(to);
   for (int i = 0; i < S::kEntries; i++) {
-    bytes[i] = static_cast<uint8_t>(entries[i]);
-    bytes[S::kEntries + i] = static_cast<uint8_t>(static_cast<uint16_t>(entries[i]) >> 8);
+    // Beside 1.5 * 2^23 the last bits of a float are those of the rounded integer.
+    const float shifted = sums[i] * factor + 12582912.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bytes[i] = static_cast<uint8_t>(bits);
+    bytes[S::kEntries + i] = static_cast<uint8_t>(bits >> 8);
   }
 }
 

@@ -5,7 +5,8 @@
 //     S                         the shape of its look-ups (layout.h)
 //     kRows, kPairBlocks, kSingleBlocks   rows that share a load of codes, and blocks that share one
 //                               of tables where two rows or one are left
-//     add_segment, put_entries, store_half
+//     FieldScores               the scores of a field of sign codes
+//     add_segment, sign_sums, put_entries, store_half
 //   VQLOGITS_TARGET  the attribute of functions that need its instructions
 //
 // Precision. Entries are 16-bit integers; each row and segment has a scale of its own, and the
@@ -23,17 +24,6 @@ namespace vqlogits::VQLOGITS_PATH {
 constexpr int64_t kBatchRows = 64;
 // Scores that a task makes: with d = 768 in float32 it reads 48 KB of the codebook.
 constexpr int64_t kScoresOfTask = 16;
-
-// kSigns.of[i][entry]: bit i of the entry is the sign of score i.
-struct Signs {
-  float of[S::kFieldBits][S::kEntries];
-  constexpr Signs() : of() {
-    for (int i = 0; i < S::kFieldBits; i++) {
-      for (int entry = 0; entry < S::kEntries; entry++) of[i][entry] = entry >> i & 1 ? 1.0f : -1.0f;
-    }
-  }
-};
-constexpr Signs kSigns;
 
 // The tables of a batch of rows.
 class Tables {
@@ -55,19 +45,12 @@ class Tables {
   std::vector<int16_t> storage_;
 };
 
-// The partial sums of a field of sign codes; returns the largest of them.
-VQLOGITS_TARGET inline float sign_sums(const Coding& coding, const float* scores, int64_t field,
-                                       float* sums) {
-  float largest = 0.0f;
-  std::fill_n(sums, S::kEntries, 0.0f);
-  for (int i = 0; i < S::kFieldBits; i++) {
-    const int64_t r = field * S::kFieldBits + i;
-    // Codebooks that only fill the last field add nothing.
-    const float score = r < coding.codebooks ? scores[r] : 0.0f;
-    for (int entry = 0; entry < S::kEntries; entry++) sums[entry] += score * kSigns.of[i][entry];
-    largest += score < 0 ? -score : score;
+inline FieldScores scores_of(const Coding& coding, const float* scores, int64_t field) {
+  FieldScores found = {};  // codebooks that only fill the last field add nothing
+  for (int i = 0; i < S::kFieldBits && field * S::kFieldBits + i < coding.codebooks; i++) {
+    found.of[i] = scores[field * S::kFieldBits + i];
   }
-  return largest;
+  return found;
 }
 
 // The partial sums of a field of index codes, less the middle of their range; returns half the
@@ -111,37 +94,24 @@ VQLOGITS_TARGET inline bool all_finite(const float* scores, int64_t count) {
   return largest < 0x7f800000u;
 }
 
-// Integers nearest to value * factor, whose size is below 2^22.
-VQLOGITS_TARGET inline void round_all(const float* values, float factor, int16_t* rounded) {
-  for (int i = 0; i < S::kEntries; i++) {
-    // Beside 1.5 * 2^23 the last bits of a float are those of the rounded integer.
-    const float shifted = values[i] * factor + 12582912.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    rounded[i] = static_cast<int16_t>(bits);
-  }
-}
-
 // Tables, scale and offset of one row of scores and one segment. With a score that is not finite
 // the offset is NaN, and so the whole row will be: which tokens it concerns, integers cannot say.
 VQLOGITS_TARGET inline void build(const Coding& coding, const Fields<S>& fields, const float* scores,
                                   int64_t segment, int16_t* entries, float* scale, float* offset) {
   float sums[S::kMaxSegmentFields][S::kEntries];
-  int16_t rounded[S::kEntries];
   const int64_t first = fields.segment_begin(segment) * S::kFieldsPerWord;
   const int64_t count = fields.segment_end(segment) * S::kFieldsPerWord - first;
   double bound = 0.0, middles = 0.0;
   for (int64_t f = 0; f < count; f++) {
     float middle = 0.0f;
-    bound += coding.sign ? sign_sums(coding, scores, first + f, sums[f])
+    bound += coding.sign ? sign_sums(scores_of(coding, scores, first + f), sums[f])
                          : index_sums(coding, fields, scores, first + f, sums[f], &middle);
     middles += middle;
   }
   // Scores that are all zero, or too small for a normal scale, give entries of zero and no NaN.
   *scale = std::max(static_cast<float>(bound / (32700.0 - 0.5 * count)), FLT_MIN);
   for (int64_t f = 0; f < count; f++) {
-    round_all(sums[f], 1.0f / *scale, rounded);
-    put_entries(rounded, entries + (first + f) * S::kEntries);
+    put_entries(sums[f], 1.0f / *scale, entries + (first + f) * S::kEntries);
   }
   const int64_t per_field =
       coding.sign ? S::kFieldBits : int64_t{fields.indices} * coding.codewords;
