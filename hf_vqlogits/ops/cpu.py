@@ -141,9 +141,7 @@ def expand(
     exact = scores.to(torch.float32).contiguous()
     rows, threads = scores.shape[0], torch.get_num_threads()
     if prepared.tiles is not None:
-        fine = None
-        if fine_ids is not None and fine_codes is not None:
-            fine = _prepare_fine(path, prepared.address, codes.shape[0], fine_ids, fine_codes)
+        fine = _fine_of(path, prepared, codes, fine_ids, fine_codes)
         logits = torch.empty(rows, codes.shape[0], dtype=scores.dtype)
         failed = library.vqlogits_expand_tiles(
             _PATHS[path],
@@ -191,9 +189,7 @@ def logits(
     assert library is not None
     prepared = _prepare(codes, code_type, tuple(codebook_bias.shape), path)
     assert prepared.tiles is not None
-    fine = None
-    if fine_ids is not None and fine_codes is not None:
-        fine = _prepare_fine(path, prepared.address, codes.shape[0], fine_ids, fine_codes)
+    fine = _fine_of(path, prepared, codes, fine_ids, fine_codes)
     exact = hidden.to(torch.float32).contiguous()
     codebook, codebook_bias = codebook.contiguous(), codebook_bias.contiguous()
     scoring = _Scoring(
@@ -244,9 +240,7 @@ def topk(
     assert library is not None
     prepared = _prepare(codes, code_type, tuple(scores.shape[1:]), path)
     assert prepared.tiles is not None
-    fine = None
-    if fine_ids is not None and fine_codes is not None:
-        fine = _prepare_fine(path, prepared.address, codes.shape[0], fine_ids, fine_codes)
+    fine = _fine_of(path, prepared, codes, fine_ids, fine_codes)
     exact, rows = scores.to(torch.float32).contiguous(), scores.shape[0]
     values, tokens = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.long)
     failed = library.vqlogits_top_tiles(
@@ -298,15 +292,24 @@ def _make_prepared(codes: Tensor, code_type: str, shape: tuple[int, ...], path: 
     return _Prepared(coding, address, tiles)
 
 
-def _prepare_fine(
-    path: str, coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
-) -> _PreparedFine:
-    def make() -> _PreparedFine:
-        return _make_prepared_fine(_PATHS[path], coding, vocabulary, fine_ids, fine_codes)
+def _fine_of(
+    path: str,
+    prepared: _Prepared,
+    codes: Tensor,
+    fine_ids: Tensor | None,
+    fine_codes: Tensor | None,
+) -> _PreparedFine | None:
+    """Second codes as the kernels read them, to be held while they do; None without."""
+    if fine_ids is None or fine_codes is None:
+        return None
+    ids, second, vocabulary = fine_ids, fine_codes, codes.shape[0]
 
-    if not TensorCache.can_hold(fine_codes) or not TensorCache.can_hold(fine_ids):
+    def make() -> _PreparedFine:
+        return _make_prepared_fine(_PATHS[path], prepared.address, vocabulary, ids, second)
+
+    if not TensorCache.can_hold(second) or not TensorCache.can_hold(ids):
         return make()
-    return _prepared_fine.get(fine_codes, (path, vocabulary), make, others=(fine_ids,))
+    return _prepared_fine.get(second, (path, vocabulary), make, others=(ids,))
 
 
 def _make_prepared_fine(

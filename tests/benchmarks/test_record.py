@@ -18,10 +18,12 @@ def test_a_result_says_how_to_make_it_again(monkeypatch, tmp_path):
     assert result["machine"]["cores"] >= 1
     write(result, tmp_path / "new" / "x.json")
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == result
-    monkeypatch.setattr(sys, "argv", ["speed.py", "--work", "/home/me/work", "--output", "x.json"])
+    monkeypatch.setattr(
+        sys, "argv", ["speed.py", "--work", "some/where/work", "--output", "x.json"]
+    )
     command = record("speed")["command"]
     assert command == "python -m benchmarks.speed --work WORK --output x.json"
-    assert "/home/me/work" in sys.argv
+    assert "some/where/work" in sys.argv
 
 
 def test_a_score_is_the_geometric_mean_of_the_texts():

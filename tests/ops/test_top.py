@@ -77,6 +77,17 @@ class TestKernel:
             assert torch.equal(values, found[0][0])
             assert torch.equal(tokens, found[0][1])
 
+    def test_equal_logits_whichever_thread_is_first(self, path):
+        codes = torch.zeros(60_000, 1, dtype=torch.uint8)
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(4)
+            for _ in range(40):
+                _, tokens = cpu.topk(torch.ones(2, 1), 300, codes, "sign", path)
+                assert torch.equal(tokens, torch.arange(300).expand(2, -1))
+        finally:
+            torch.set_num_threads(threads)
+
     def test_second_codes_count(self, path):
         codes, scores = references.random_sign_codes(600, 40), references.random_scores(4, 40)
         fine = (torch.arange(0, 600, 9).int(), references.random_sign_codes(67, 40, seed=8))

@@ -44,6 +44,22 @@ auto with_shape(int32_t path, const Function& function) {
   return path == kAvx512 ? function(vqlogits::Words()) : function(vqlogits::Bytes());
 }
 
+// Calls `function` with the kernel of a path that this build has.
+template <typename Function>
+int32_t with_kernel([[maybe_unused]] int32_t path, [[maybe_unused]] const Function& function) {
+  try {
+#if VQLOGITS_X86
+    if (path == kAvx512) function(vqlogits::avx512::Kernel());
+#endif
+#if VQLOGITS_BYTES
+    if (path != kAvx512) function(vqlogits::bytes::Kernel());
+#endif
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+  return 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -111,71 +127,30 @@ void vqlogits_tile_fine(int32_t path, const Coding* coding, const Fine* fine, co
 int32_t vqlogits_expand_tiles(int32_t path, const Coding* coding, const float* scores,
                               const void* tiles, const Fine* fine, int64_t rows, int32_t type,
                               void* out, int32_t threads) {
-  threads = useful_threads(*coding, rows, threads);
-  const auto output = static_cast<Output>(type);
-  try {
-#if VQLOGITS_X86
-    if (path == kAvx512) {
-      vqlogits::avx512::expand(*coding, scores, tiles, fine, rows, output, out, threads);
-    }
-#endif
-#if VQLOGITS_BYTES
-    if (path != kAvx512) {
-      vqlogits::bytes::expand(*coding, scores, tiles, fine, rows, output, out, threads);
-    }
-#endif
-  } catch (const std::bad_alloc&) {
-    return kNoMemory;
-  }
-  (void)path, (void)scores, (void)tiles, (void)fine, (void)out, (void)output;
-  return 0;
+  return with_kernel(path, [&](auto kernel) {
+    kernel.expand(*coding, scores, tiles, fine, rows, static_cast<Output>(type), out,
+                  useful_threads(*coding, rows, threads));
+  });
 }
 
 // Hidden states of a few rows -> out [rows, V]; the rest as above.
 int32_t vqlogits_logits_tiles(int32_t path, const Coding* coding, const Scoring* scoring,
                               const void* tiles, const Fine* fine, int64_t rows, int32_t type,
                               void* out, int32_t threads) {
-  threads = useful_threads(*coding, rows, threads);
-  const auto output = static_cast<Output>(type);
-  try {
-#if VQLOGITS_X86
-    if (path == kAvx512) {
-      vqlogits::avx512::logits(*coding, *scoring, tiles, fine, rows, output, out, threads);
-    }
-#endif
-#if VQLOGITS_BYTES
-    if (path != kAvx512) {
-      vqlogits::bytes::logits(*coding, *scoring, tiles, fine, rows, output, out, threads);
-    }
-#endif
-  } catch (const std::bad_alloc&) {
-    return kNoMemory;
-  }
-  (void)path, (void)scoring, (void)tiles, (void)fine, (void)out, (void)output;
-  return 0;
+  return with_kernel(path, [&](auto kernel) {
+    kernel.logits(*coding, *scoring, tiles, fine, rows, static_cast<Output>(type), out,
+                  useful_threads(*coding, rows, threads));
+  });
 }
 
 // scores float32 [rows, ...] -> values and tokens [rows, k], the k largest logits of each row.
 int32_t vqlogits_top_tiles(int32_t path, const Coding* coding, const float* scores,
                            const void* tiles, const Fine* fine, int64_t rows, int64_t k,
                            float* values, int64_t* tokens, int32_t threads) {
-  threads = useful_threads(*coding, rows, threads);
-  try {
-#if VQLOGITS_X86
-    if (path == kAvx512) {
-      vqlogits::avx512::top(*coding, scores, tiles, fine, rows, k, values, tokens, threads);
-    }
-#endif
-#if VQLOGITS_BYTES
-    if (path != kAvx512) {
-      vqlogits::bytes::top(*coding, scores, tiles, fine, rows, k, values, tokens, threads);
-    }
-#endif
-  } catch (const std::bad_alloc&) {
-    return kNoMemory;
-  }
-  (void)path, (void)scores, (void)tiles, (void)fine, (void)k, (void)values, (void)tokens;
-  return 0;
+  return with_kernel(path, [&](auto kernel) {
+    kernel.top(*coding, scores, tiles, fine, rows, k, values, tokens,
+               useful_threads(*coding, rows, threads));
+  });
 }
 
 // scores float32 [rows, ...], codes as stored -> out float32 [rows, V].

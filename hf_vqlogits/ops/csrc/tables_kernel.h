@@ -292,46 +292,49 @@ void expand_batch(const Coding& coding, const Fields<S>& fields, const Scoring* 
   parallel_phases(threads, scored, tabled, expanded);
 }
 
-// scores [N, ...] float32, codes as tiles, second codes or null -> out [N, V] of the given type.
-inline void expand(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
-                   int64_t rows, Output type, void* out, int threads) {
-  const Fields<S> fields(coding);
-  const int64_t row_bytes = coding.vocabulary * (type == Output::kFloat32 ? 4 : 2);
-  Tables tables(fields, std::min(rows, kBatchRows));
-  for (int64_t first = 0; first < rows; first += kBatchRows) {
-    const Store sink{type, static_cast<char*>(out) + first * row_bytes, coding.vocabulary};
-    expand_batch(coding, fields, nullptr,
-                 const_cast<float*>(scores) + first * coding.scores_per_row(), tiles, fine,
-                 std::min(kBatchRows, rows - first), sink, threads, tables);
-  }
-}
-
-// Hidden states of up to kBatchRows rows -> out [N, V] of the given type.
-inline void logits(const Coding& coding, const Scoring& scoring, const void* tiles, const Fine* fine,
-                   int64_t rows, Output type, void* out, int threads) {
-  const Fields<S> fields(coding);
-  Tables tables(fields, rows);
-  std::vector<float> scores(rows * coding.scores_per_row());
-  const Store sink{type, out, coding.vocabulary};
-  expand_batch(coding, fields, &scoring, scores.data(), tiles, fine, rows, sink, threads, tables);
-}
-
-// scores [N, ...] float32 -> the k largest logits of each row, descending: values, tokens [N, k].
-inline void top(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
-                int64_t rows, int64_t k, float* values, int64_t* tokens, int threads) {
-  const Fields<S> fields(coding);
-  Tables tables(fields, std::min(rows, kBatchRows));
-  for (int64_t first = 0; first < rows; first += kBatchRows) {
-    const int64_t now = std::min(kBatchRows, rows - first);
-    std::deque<Top> tops;
-    for (int64_t n = 0; n < now; n++) tops.emplace_back(k);
-    expand_batch(coding, fields, nullptr,
-                 const_cast<float*>(scores) + first * coding.scores_per_row(), tiles, fine, now,
-                 Offer{tops}, threads, tables);
-    for (int64_t n = 0; n < now; n++) {
-      tops[n].take(values + (first + n) * k, tokens + (first + n) * k);
+// What the interface calls (expand.cpp).
+struct Kernel {
+  // scores [N, ...] float32, codes as tiles, second codes or null -> out [N, V] of the given type.
+  static void expand(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
+                     int64_t rows, Output type, void* out, int threads) {
+    const Fields<S> fields(coding);
+    const int64_t row_bytes = coding.vocabulary * (type == Output::kFloat32 ? 4 : 2);
+    Tables tables(fields, std::min(rows, kBatchRows));
+    for (int64_t first = 0; first < rows; first += kBatchRows) {
+      const Store sink{type, static_cast<char*>(out) + first * row_bytes, coding.vocabulary};
+      expand_batch(coding, fields, nullptr,
+                   const_cast<float*>(scores) + first * coding.scores_per_row(), tiles, fine,
+                   std::min(kBatchRows, rows - first), sink, threads, tables);
     }
   }
-}
+
+  // Hidden states of up to kBatchRows rows -> out [N, V] of the given type.
+  static void logits(const Coding& coding, const Scoring& scoring, const void* tiles, const Fine* fine,
+                     int64_t rows, Output type, void* out, int threads) {
+    const Fields<S> fields(coding);
+    Tables tables(fields, rows);
+    std::vector<float> scores(rows * coding.scores_per_row());
+    const Store sink{type, out, coding.vocabulary};
+    expand_batch(coding, fields, &scoring, scores.data(), tiles, fine, rows, sink, threads, tables);
+  }
+
+  // scores [N, ...] float32 -> the k largest logits of each row, descending: values, tokens [N, k].
+  static void top(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
+                  int64_t rows, int64_t k, float* values, int64_t* tokens, int threads) {
+    const Fields<S> fields(coding);
+    Tables tables(fields, std::min(rows, kBatchRows));
+    for (int64_t first = 0; first < rows; first += kBatchRows) {
+      const int64_t now = std::min(kBatchRows, rows - first);
+      std::deque<Top> tops;
+      for (int64_t n = 0; n < now; n++) tops.emplace_back(k);
+      expand_batch(coding, fields, nullptr,
+                   const_cast<float*>(scores) + first * coding.scores_per_row(), tiles, fine, now,
+                   Offer{tops}, threads, tables);
+      for (int64_t n = 0; n < now; n++) {
+        tops[n].take(values + (first + n) * k, tokens + (first + n) * k);
+      }
+    }
+  }
+};
 
 }  // namespace vqlogits::VQLOGITS_PATH
