@@ -371,7 +371,8 @@ def test_fitted_rows_favour_the_tokens_that_are_read():
     assert error[:60].mean() < 0.5 * error[60:].mean()
     assert error.mean() < 0.5 < 24
     common = weights @ (embedding.weight - dense.weight)
-    assert common.abs().max() < 1e-5
+    rounding = 40 * 5.0 * torch.finfo(torch.float32).eps  # sums of 40 vectors, around 5
+    assert common.abs().max() < rounding
     assert details["error"] < 0.3
     assert math.isfinite(details["seconds"]["search"])
 
