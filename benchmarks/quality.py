@@ -4,8 +4,10 @@
 
 Writes the results, a plot beside them, and prints a table. Everything is fitted to the same text
 with the same statistics, made once, and judged on the same text by the project's protocol; no head
-is trained. `benchmarks/peers/catalogue.py` lists the peers and settings. With `--work FOLDER` each
-family of peers is kept there when it is done, and the same command goes on after an interrupt.
+is trained. `benchmarks/peers/catalogue.py` lists the peers and settings. Each family of peers is
+written when it is done, and one that the output holds is not made again: the same command goes on
+after an interrupt, and `--only` and `--peers` make a part. With `--work FOLDER` the statistics of
+the text are kept there.
 
 How they are made comparable:
 - Bytes are all that the output layer needs in a file: codes without gaps, scales, zero points,
@@ -20,11 +22,10 @@ How they are made comparable:
 """
 
 import argparse
-import re
 import sys
 import tempfile
 import time
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ from .peers.layer import Compressed, Layer, UnavailableError
 from .protocol import MODELS, Case, load_case
 from .quality_plot import plot
 from .rate_distortion import GaussianSource, compare, sources
-from .record import record, score_of, write
+from .record import score_of
+from .results_file import ResultsFile
 from .work_folder import WorkFolder
 
 NOTES = [
@@ -54,12 +56,18 @@ PEER_PACKAGES = ("torchao", "hqq", "bitsandbytes")
 
 
 def measure(
-    case: Case, work: WorkFolder, *, seed: int, quick: bool
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Fit and judge all peers of one model, but for those that are done.
+    case: Case,
+    results: ResultsFile,
+    work: WorkFolder,
+    peers: Sequence[str],
+    *,
+    seed: int,
+    quick: bool,
+) -> list[dict[str, str]]:
+    """Fit and judge the peers of one model that are missing in the results.
 
     Returns:
-        A row for every setting, and what could not be measured, with the reason.
+        What could not be measured, with the reason.
 
     Raises:
         ValueError: the layer has a bias or transforms its logits, which peers know nothing of.
@@ -67,6 +75,9 @@ def measure(
     parts = case.parts
     if parts.bias is not None or parts.transform != type(parts.transform)():
         raise ValueError(f"The output layer of {case.name} is not a plain matrix, as peers need.")
+    missing = [peer for peer in peers if not results.has(model=case.name, peer=peer)]
+    if not missing:
+        return []
     quantiser = Quantiser(parts, case.corpus(), seed, show_progress=True)
 
     def calibrate() -> dict[str, Any]:
@@ -78,25 +89,24 @@ def measure(
     statistics = CalibrationStatistics(**calibration["statistics"])
     layer = Layer(case, quantiser, statistics)
     bounds = sources(token_metric(layer.weight, statistics))
-    rows: list[dict[str, Any]] = []
+    told = {
+        "calibration_seconds": calibration["seconds"],
+        "calibration_tokens": case.calibration.numel(),
+    }
     skipped: list[dict[str, str]] = []
-    for peer in FAMILIES:
-        name = re.sub(r"\W+", "-", f"{case.name}-{peer}")
+    for peer in missing:
         try:
-            found = work.result(name, partial(_judge_family, layer, peer, bounds, quick))
+            rows = _judge_family(layer, peer, bounds, quick)
         except UnavailableError as error:
             skipped.append({"model": case.name, "peer": peer, "reason": str(error)})
         else:
-            rows += found["rows"]
-    for row in rows:
-        row["calibration_seconds"] = calibration["seconds"]
-        row["calibration_tokens"] = case.calibration.numel()
-    return rows, skipped
+            results.add([row | told for row in rows])
+    return skipped
 
 
 def _judge_family(
     layer: Layer, peer: str, bounds: dict[str, GaussianSource], quick: bool
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Rows of every setting of a family, judged in one pass over the text."""
     rows: dict[str, dict[str, Any]] = {}
     heads: dict[str, Compressed] = {}
@@ -118,10 +128,10 @@ def _judge_family(
             )
         start = time.perf_counter()
     scores = layer.case.judge(heads)
-    return {"rows": [row | score_of(scores, setting) for setting, row in rows.items()]}
+    return [row | score_of(scores, setting) for setting, row in rows.items()]
 
 
-def show(rows: list[dict[str, Any]], skipped: list[Any]) -> None:
+def show(rows: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]]) -> None:
     """Print the rows, the smallest first, and the distance of ours from the bound."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -173,41 +183,28 @@ def main() -> None:
     p.add_argument("--data", type=Path, default=Path("../shared/data"))
     p.add_argument("--models", type=Path, default=Path("../shared/models"))
     p.add_argument("--only", choices=MODELS, help="one of the models")
+    p.add_argument("--peers", nargs="+", choices=FAMILIES, help="some families; default all")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="a twentieth of the text, fewer settings")
-    p.add_argument("--work", type=Path, help="folder of what is done; default none is kept")
-    p.add_argument("--output", type=Path, required=True)
+    p.add_argument("--work", type=Path, help="folder of the statistics; default none are kept")
+    p.add_argument("--output", type=Path, required=True, help="JSON; rows in it are kept")
     options = p.parse_args()
+    settings = {"seed": options.seed, "quick": options.quick}
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"seed": options.seed, "quick": options.quick}
         try:
             work = WorkFolder(options.work or Path(folder), settings)
+            results = ResultsFile(
+                options.output, "quality", *PEER_PACKAGES, settings={**settings, "notes": NOTES}
+            )
         except ValueError as error:
             p.error(str(error))
-        _run(options, work)
-
-
-def _run(options: argparse.Namespace, work: WorkFolder) -> None:
-    rows: list[dict[str, Any]] = []
-    skipped: list[Any] = []
-    result = record(
-        "quality",
-        *PEER_PACKAGES,
-        quick=options.quick,
-        seed=options.seed,
-        notes=NOTES,
-        rows=rows,
-        skipped=skipped,
-    )
-    for name in [options.only] if options.only else MODELS:
-        case = load_case(name, options.data, options.models, quick=options.quick)
-        more_rows, more_skipped = measure(case, work, seed=options.seed, quick=options.quick)
-        rows += more_rows
-        skipped += more_skipped
-        # After each model: a run of an hour should not lose the first for the second.
-        write(result, options.output)
-        plot(rows, options.output.with_suffix(".png"))
-    show(rows, skipped)
+        skipped: list[dict[str, str]] = []
+        peers = options.peers or [*FAMILIES]
+        for name in [options.only] if options.only else MODELS:
+            case = load_case(name, options.data, options.models, quick=options.quick)
+            skipped += measure(case, results, work, peers, **settings)
+            plot(results.rows, options.output.with_suffix(".png"))
+    show(results.rows, skipped)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The plot of perplexity factor against bytes, a panel a model."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ MARKERS = "osD^vP*X<>hpd8H"
 SIZES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # MB
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the rows of `benchmarks.quality` to a file; ours is a line, peers are markers."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(8 * len(models) + 3, 7), layout="constrained")
@@ -28,7 +29,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _panel(panel: Any, rows: list[dict[str, Any]]) -> None:
+def _panel(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     for index, peer in enumerate(FAMILIES):
         points = sorted(
             (row["bytes"] / 1e6, height(row["factor"]))

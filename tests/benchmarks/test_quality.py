@@ -11,6 +11,7 @@ from benchmarks import quality
 from benchmarks.peers import catalogue
 from benchmarks.peers.layer import UnavailableError
 from benchmarks.protocol import Case
+from benchmarks.results_file import ResultsFile
 from benchmarks.work_folder import WorkFolder
 from hf_vqlogits.conversion.families import LogitTransform, take_apart
 
@@ -50,9 +51,8 @@ def test_results_plot_and_table(case, tmp_path, monkeypatch, capsys):
     rows = {(row["peer"], row["setting"]): row for row in result["rows"]}
     assert {peer for peer, _ in rows} == names
     assert len(rows) == len(result["rows"])
-    assert result["skipped"] == [{"model": "gpt2-novels", "peer": "HQQ", "reason": "not here"}]
     assert result["seed"] == 0
-    assert "torch" in result["versions"]
+    assert "torch" in result["runs"][0]["versions"]
     dense = rows["dense", "bfloat16"]
     assert dense["bytes"] == 2 * VOCAB * SIZE
     assert dense["factor"] == pytest.approx(1, abs=0.01)
@@ -73,13 +73,19 @@ def test_results_plot_and_table(case, tmp_path, monkeypatch, capsys):
     assert "HQQ: not here" in printed
 
 
-def test_heads_that_are_no_plain_matrix_are_refused(case):
+def test_heads_that_are_no_plain_matrix_are_refused(case, tmp_path):
     case.parts.transform = LogitTransform(softcap=30.0)
     with pytest.raises(ValueError, match="gpt2-novels is not a plain matrix"):
-        quality.measure(case, None, seed=0, quick=True)
+        quality.measure(case, *files(tmp_path), ["dense"], seed=0, quick=True)
 
 
-def test_finished_families_are_kept(case, tmp_path, monkeypatch, capsys):
+def files(folder):
+    settings = {"seed": 0, "quick": True}
+    results = ResultsFile(folder / "quality.json", "quality", settings=settings)
+    return results, WorkFolder(folder / "work", settings)
+
+
+def test_what_is_done_is_not_done_again(case, tmp_path, monkeypatch, capsys):
     some_families(monkeypatch, "dense", "low rank")
     monkeypatch.setattr(quality, "load_case", lambda *_, **__: case)
     output = tmp_path / "quality.json"
@@ -102,17 +108,42 @@ def test_finished_families_are_kept(case, tmp_path, monkeypatch, capsys):
     rows = json.loads(output.read_text())["rows"]
     assert [row["peer"] for row in rows] == ["dense", "low rank"]
     assert all(row["calibration_tokens"] == case.calibration.numel() for row in rows)
-    monkeypatch.setattr(sys, "argv", [*words, "--seed", "1"])
-    with pytest.raises(SystemExit):
+
+    # With nothing missing not even the statistics are wanted.
+    monkeypatch.setattr(sys, "argv", [*words[:-2], "--peers", "low rank"])
+    quality.main()
+    assert json.loads(output.read_text())["rows"] == rows
+
+    before = output.read_bytes()
+    for more in (words, words[:-2]):  # refused by the work folder, and by the results
+        monkeypatch.setattr(sys, "argv", [*more, "--seed", "1"])
+        with pytest.raises(SystemExit):
+            quality.main()
+        assert "is of other settings (seed 0, not 1)" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_some_families_are_made_alone(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "load_case", lambda *_, **__: case)
+    output = tmp_path / "quality.json"
+    words = ["quality", "--quick", "--only", "gpt2-novels", "--output", str(output)]
+    for peers in (["low rank"], ["dense", "round to nearest"]):
+        monkeypatch.setattr(sys, "argv", [*words, "--peers", *peers])
         quality.main()
-    assert "is of other settings (seed 0, not 1)" in capsys.readouterr().err
+    rows = json.loads(output.read_text())["rows"]
+    assert [*dict.fromkeys((row["peer"], row["run"]) for row in rows)] == [
+        ("low rank", 0),
+        ("dense", 1),
+        ("round to nearest", 1),
+    ]
+    assert "round to nearest" in capsys.readouterr().out
 
 
 def test_libraries_take_part(case, tmp_path, monkeypatch):
     for name in ("torchao", "bitsandbytes"):
         pytest.importorskip(name)
-    some_families(monkeypatch, "torchao", "bitsandbytes nf4")
-    work = WorkFolder(tmp_path, {})
-    rows, _ = quality.measure(case, work, seed=0, quick=True)
-    assert [row["peer"] for row in rows] == ["torchao", "torchao", "bitsandbytes nf4"]
-    assert all(row["factor"] == pytest.approx(1, abs=0.05) for row in rows)
+    results, work = files(tmp_path)
+    peers = ["torchao", "bitsandbytes nf4"]
+    quality.measure(case, results, work, peers, seed=0, quick=True)
+    assert [row["peer"] for row in results.rows] == ["torchao", "torchao", "bitsandbytes nf4"]
+    assert all(row["factor"] == pytest.approx(1, abs=0.05) for row in results.rows)
