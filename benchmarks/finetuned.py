@@ -11,7 +11,9 @@ seeds.
 
 Heads are fitted and distilled first, once. What is done is kept in `--work`, a file a run: after an
 interrupt the same command goes on, and with other `--rates`, `--seeds` or `--only` it adds to what
-is there.
+is there. A row that the output holds is not made again: `--only` makes a part. Where `--work` is
+lost, the trainings of the dense model come again with every part, because the others' greedy tokens
+are compared with theirs.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from hf_vqlogits.conversion.convert import DISTILL_STEPS
 
 from .pairing import at_edge, pair, paired
 from .protocol import MODELS, load_case
-from .record import record, write
+from .results_file import ResultsFile
 from .training import Schedule
 from .trainings import DENSE, ROWS, Bench, Row
 from .work_folder import WorkFolder
@@ -110,7 +112,7 @@ def main() -> None:
     p.add_argument("--distill-steps", type=int, default=DISTILL_STEPS)
     p.add_argument("--evaluation-tokens", type=int, default=20_000, help="of each text")
     p.add_argument("--quick", action="store_true", help="very little of all, to see that it runs")
-    p.add_argument("--output", type=Path, required=True)
+    p.add_argument("--output", type=Path, required=True, help="JSON; rows in it are kept")
     options = p.parse_args()
     steps = min(options.steps, QUICK_STEPS) if options.quick else options.steps
     distill_steps = QUICK_STEPS if options.quick else options.distill_steps
@@ -128,7 +130,20 @@ def main() -> None:
         "distill_steps": distill_steps,
         "evaluation_tokens": judged,
     }
-    work = WorkFolder(options.work, settings)
+    try:
+        work = WorkFolder(options.work, settings)
+        results = ResultsFile(
+            options.output,
+            "finetuned",
+            settings={
+                **settings,
+                "head_factor": options.head_factor,
+                "candidate_rates": options.rates,
+                "seeds": options.seeds,
+            },
+        )
+    except ValueError as error:
+        p.error(str(error))
     case = load_case(options.model, options.data, options.models, quick=options.quick)
     rows = [ROWS[name] for name in dict.fromkeys([DENSE, *(options.only or ROWS)])]
     bench = Bench(
@@ -141,19 +156,10 @@ def main() -> None:
         distill_steps=distill_steps,
         evaluation_tokens=judged,
     )
-    told: list[dict[str, Any]] = []
-    result = record(
-        "finetuned",
-        **settings,
-        head_factor=options.head_factor,
-        candidate_rates=options.rates,
-        seeds=options.seeds,
-        rows=told,
-    )
     for row in rows:
-        told.append(figures(bench, row))
-        write(result, options.output)  # hours may pass until the next
-    show(told)
+        if not results.has(name=row.name):
+            results.add([figures(bench, row)])  # hours may pass until the next
+    show(results.rows)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def start(tiny_case, tmp_path, monkeypatch):
     for module in (trainings, finetuned):
         monkeypatch.setattr(module, "ROWS", rows)
     monkeypatch.setattr(finetuned, "load_case", lambda *_, **__: tiny_case)
-    output = tmp_path / "results.json"
 
-    def run(*words):
-        given = [*WORDS, "--work", str(tmp_path / "work"), "--output", str(output), *words]
+    def run(*words, work="work", output="results.json"):
+        output = tmp_path / output
+        given = [*WORDS, "--work", str(tmp_path / work), "--output", str(output), *words]
         monkeypatch.setattr(sys, "argv", ["finetuned", *given])
         finetuned.main()
         return json.loads(output.read_text())
@@ -90,16 +90,40 @@ def test_finished_runs_are_not_repeated(start, monkeypatch, capsys):
         raise AssertionError("the heads are there")
 
     monkeypatch.setattr(trainings, "fit_head", refuse)
-    again = start("--seeds", "0")
+    again = start("--seeds", "0", output="again.json")
     assert again["rows"] == first["rows"]
     assert not made
-    more = start("--seeds", "0", "1")
+    more = start("--seeds", "0", "1", output="more.json")
     rates = [row["learning_rate"] for row in first["rows"]]
     assert made == [(rate, 1) for rate in rates]
     assert [row["seeds"][0] for row in more["rows"]] == [row["seeds"][0] for row in first["rows"]]
     assert "2 trainings left" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="of other settings .*batch_size 4, not 2"):
-        start("--batch-size", "2")
+    assert not capsys.readouterr().err
+    for words, told in (
+        (["--batch-size", "2"], "batch_size 4, not 2"),
+        (["--rates", "1e-2"], "candidate_rates [0.01, 0.001], not [0.01]"),
+    ):
+        with pytest.raises(SystemExit):
+            start("--seeds", "0", *words)
+        assert f"of other settings ({told})" in capsys.readouterr().err
+
+
+def test_rows_of_a_lost_work_folder_are_kept(start, monkeypatch):
+    first = start("--seeds", "0", "--only", "one")
+    models = []
+    original = trainings.Bench.model
+
+    def record(bench, row):
+        models.append(row.name)
+        return original(bench, row)
+
+    monkeypatch.setattr(trainings.Bench, "model", record)
+    second = start("--seeds", "0", "--only", "one", "tied", work="new")
+    assert second["rows"][:2] == first["rows"]
+    assert [row["name"] for row in second["rows"]] == ["dense", "one", "tied"]
+    assert set(models) == {"dense", "tied"}
+    alone = start("--seeds", "0", "--only", "tied", work="alone", output="alone.json")
+    assert second["rows"][2]["texts"] == alone["rows"][1]["texts"]
 
 
 def test_the_rate_is_chosen_by_the_text_kept_out(tiny_case, tmp_path, monkeypatch):
