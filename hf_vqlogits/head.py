@@ -32,6 +32,8 @@ from .coded import WHERE_FROM, CodedLayer, score_scale
 from .nested import check_stored, cut_codes
 from .ops import eager
 
+OUTPUT_LOSSES = ("cross_entropy", "squared_hinge")
+
 
 class HeadConfig(Protocol):
     """The fields that a head reads; [`VQLogitsConfig`] has them."""
@@ -227,8 +229,9 @@ class VQLogitsHead(CodedLayer):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         num_items_in_batch: int | Tensor | None = None,
+        output_loss: str = "cross_entropy",
     ) -> Tensor:
-        """Logits, or with `labels` the cross-entropy, which never builds the N x V logits.
+        """Logits, or with `labels` the loss, which never builds the N x V logits.
 
         Everything that needs the head's tensors comes through here, because the hooks of FSDP,
         Accelerate and PEFT fire only on `forward`.
@@ -241,13 +244,19 @@ class VQLogitsHead(CodedLayer):
             label_smoothing: as in `torch.nn.functional.cross_entropy`.
             z_loss: weight of logsumexp(logits)^2 in the loss of every position.
             num_items_in_batch: with `"mean"`, divide the sum by this number instead.
+            output_loss: `"cross_entropy"`, or `"squared_hinge"`: the sum over all tokens of
+                max(0, 1 - y logit)^2, y = +1 for the label and -1 for the others, which takes
+                neither `label_smoothing` nor `z_loss`. It wants logits of -1 for nearly all tokens;
+                softmax does not see such a constant, and sign codes can give one only by a bit
+                that all tokens share.
 
         Returns:
-            Logits (..., V) in the type of the scores; with `labels` the loss in nats, float32.
+            Logits (..., V) in the type of the scores; with `labels` the loss, float32, which as
+            cross-entropy is in nats.
 
         Raises:
-            ValueError: the last dimension of `hidden_states` is not d, or `labels` has another
-                shape than the positions.
+            ValueError: the last dimension of `hidden_states` is not d, `labels` has another shape
+                than the positions, or an option is not one of `output_loss`.
         """
         self._check_width(hidden_states)
         positions = hidden_states.shape[:-1]
@@ -269,24 +278,33 @@ class VQLogitsHead(CodedLayer):
                 f"`labels` must have the shape of the positions {tuple(positions)}, got "
                 f"{tuple(labels.shape)}."
             )
-        loss = ops.linear_cross_entropy(
-            rows,
-            labels.reshape(-1),
-            codebook=self.codebook,
-            codebook_bias=self.codebook_bias,
-            codes=self.codes,
-            code_type=self.code_type,
-            fine_ids=self.fine_ids,
-            fine_codes=self.fine_codes,
-            score_scale=self.score_scale,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            logit_scale=self.logit_scale,
-            final_logit_softcapping=self.final_logit_softcapping,
-            z_loss=z_loss,
-            num_items_in_batch=num_items_in_batch,
-        )
+        options: dict[str, Any] = {
+            "codebook": self.codebook,
+            "codebook_bias": self.codebook_bias,
+            "codes": self.codes,
+            "code_type": self.code_type,
+            "fine_ids": self.fine_ids,
+            "fine_codes": self.fine_codes,
+            "score_scale": self.score_scale,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "logit_scale": self.logit_scale,
+            "final_logit_softcapping": self.final_logit_softcapping,
+            "num_items_in_batch": num_items_in_batch,
+        }
+        if output_loss == "squared_hinge":
+            if label_smoothing or z_loss:
+                raise ValueError(
+                    "`label_smoothing` and `z_loss` are of the cross-entropy; with `output_loss` "
+                    f"'squared_hinge' both must be 0, got {label_smoothing} and {z_loss}."
+                )
+            loss = ops.linear_squared_hinge(rows, labels.reshape(-1), **options)
+        elif output_loss == "cross_entropy":
+            loss = ops.linear_cross_entropy(
+                rows, labels.reshape(-1), **options, label_smoothing=label_smoothing, z_loss=z_loss
+            )
+        else:
+            raise ValueError(f"`output_loss` must be one of {OUTPUT_LOSSES}, got {output_loss!r}.")
         return loss.view(positions) if reduction == "none" else loss
 
     def topk(self, hidden_states: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -183,6 +183,37 @@ def test_copies_compute_the_same(head, copied, hidden):
     assert head.codes.any() or head.codebook_size == 1
 
 
+@pytest.mark.parametrize("after", [{}, AFTER], ids=["plain", "scaled and capped"])
+@pytest.mark.parametrize("fields", CODES.values(), ids=CODES.keys())
+def test_the_loss_may_be_the_squared_hinge(fields, after, hidden):
+    head = make_head(fields, **after)
+    labels = torch.arange(10).view(2, 5)
+    labels[0, 0] = -100
+    logits = reference_logits(head, hidden)
+    signs = torch.where(labels[..., None] == torch.arange(V), 1.0, -1.0)
+    losses = torch.clamp(1 - signs * logits, min=0).square().sum(-1)
+    losses[0, 0] = 0
+    got = head(hidden, labels, output_loss="squared_hinge", reduction="none")
+    assert got.shape == (2, 5)
+    torch.testing.assert_close(got.double(), losses, atol=1e-2, rtol=1e-2)
+    got = head(hidden, labels, output_loss="squared_hinge")
+    torch.testing.assert_close(got.double(), losses.sum() / 9, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output_loss": "hinge"}, "`output_loss` must be one of .* got 'hinge'"),
+        ({"output_loss": "squared_hinge", "z_loss": 0.5}, "both must be 0, got 0.0 and 0.5"),
+        ({"output_loss": "squared_hinge", "label_smoothing": 0.1}, "must be 0, got 0.1 and 0.0"),
+    ],
+)
+def test_options_that_are_none_of_the_loss_are_refused(hidden, options, message):
+    head = make_head(CODES["sign"])
+    with pytest.raises(ValueError, match=message):
+        head(hidden, torch.arange(10).view(2, 5), **options)
+
+
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_compiled_without_breaks(head, hidden, with_labels):
     torch.compiler.reset()  # the other heads count as recompilations of this one

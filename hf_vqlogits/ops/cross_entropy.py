@@ -2,38 +2,29 @@
 
     loss[n] = logsumexp_v z[n, v] - z[n, label[n]],  z = softcap(logit_scale * logits)
 
-Rows are taken in chunks, as in Liger Kernel (arXiv 2410.10989). A chunk leaves behind its losses
-and at once the gradient of its scores, N x R numbers in all, which backward scales by the gradient
-of the losses. Where a dense layer needs three products of inner size d, this takes two of inner
-size R, one of them by table look-ups. Memory is O(N R) beside the logits of one chunk.
-
-On a GPU, sign codes have kernels that reduce the logits tile by tile (`triton_cross_entropy.py`).
-
-With index codes and G = 1 all tokens of a codeword have the same logit, and the sum over tokens is
-one over codewords, each counted as often as there are tokens: exact in O(N K), without logits.
+On a GPU, sign codes have kernels that reduce the logits tile by tile (`triton_cross_entropy.py`);
+everything else goes the way of `row_losses.py`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, eager
-from .registration import (
-    CODES,
-    LIBRARY,
-    TAGS,
-    check,
-    compute_expand,
-    compute_expand_backward,
-    without_autocast,
+from .registration import CODES, LIBRARY, TAGS, check, without_autocast
+from .row_losses import (
+    check_options,
+    check_tensors,
+    chunked,
+    counted_rows,
+    fake,
+    final_logits,
+    gradient_of_losses,
+    keep_gradient,
+    reduced,
+    slope_before,
 )
-
-# Bytes of the logits of a chunk. Forward and backward of 1,024 rows, V 50,257, R 500, 2 cores:
-# 977, 596, 516, 493 ms with 8, 32, 64, 128 MB (dense, d 768, all rows at once: 1,455 ms).
-_CHUNK_BYTES = 64 << 20
-
-_REDUCTIONS = ("mean", "sum", "none")
 
 
 class _Options(NamedTuple):
@@ -102,9 +93,9 @@ def linear_cross_entropy(
         IndexError: a label lies outside 0..V-1 and is not `ignore_index`.
         RuntimeError: in backward, with `create_graph=True`.
     """
-    _check_tensors(hidden, labels, codebook, codebook_bias)
-    _check_options(reduction, label_smoothing, final_logit_softcapping, chunk_size)
-    _check_loss_options(reduction, z_loss, num_items_in_batch)
+    check_tensors(hidden, labels, codebook, codebook_bias)
+    check_options(reduction, num_items_in_batch, final_logit_softcapping, chunk_size)
+    _check_loss_options(label_smoothing, z_loss)
     scores = eager.scores(hidden, codebook, codebook_bias, scale=score_scale)
     losses, _ = torch.ops.vqlogits.cross_entropy.default(
         scores,
@@ -121,12 +112,7 @@ def linear_cross_entropy(
         chunk_size,
         torch.is_grad_enabled() and scores.requires_grad,
     )
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    return losses.sum() / (count.to(losses.device) if isinstance(count, Tensor) else count)
+    return reduced(losses, labels, ignore_index, reduction, num_items_in_batch)
 
 
 def compute_cross_entropy(
@@ -148,17 +134,12 @@ def compute_cross_entropy(
     check(scores, codes, code_type, fine_ids, fine_codes)
     fine = (fine_ids, fine_codes)
     options = _Options(label_smoothing, logit_scale, final_logit_softcapping, z_loss)
-    exact = eager.sum_dtype(scores.dtype)
-    losses = scores.new_zeros(scores.shape[0], dtype=exact)
-    gradient = torch.zeros_like(scores) if with_gradient else scores.new_empty(0)
-    one_codebook = code_type == "index" and codes.shape[1] == 1
-    counts = _tokens_per_codeword(codes, scores.shape[2]).to(exact) if one_codebook else None
-    classes = codes.shape[0] if counts is None else len(counts)
-    rows = (labels != ignore_index).nonzero().squeeze(1)
-    _check_labels(labels[rows], codes.shape[0], ignore_index)
+    rows = counted_rows(labels, codes.shape[0], ignore_index)
     if len(rows) and backends.for_cross_entropy(scores, codes, code_type) == "triton":
         from . import triton_cross_entropy  # which cannot be imported without Triton
 
+        losses = scores.new_zeros(scores.shape[0], dtype=eager.sum_dtype(scores.dtype))
+        gradient = torch.zeros_like(scores) if with_gradient else scores.new_empty(0)
         with without_autocast(scores.device):
             losses[rows], found = triton_cross_entropy.losses_and_gradient(
                 scores[rows],
@@ -171,22 +152,15 @@ def compute_cross_entropy(
         if found is not None:
             gradient[rows] = found
         return losses, gradient
-    size = chunk_size or max(1, _CHUNK_BYTES // (max(1, classes) * exact.itemsize))
-    with without_autocast(scores.device):
-        for chunk in rows.split(size):
-            part, target = scores[chunk].to(exact), labels[chunk]
-            if counts is None:
-                logits = compute_expand(part, codes, code_type, *fine)  # (n, V)
-            else:
-                logits, target = part[:, 0], codes[target, 0].long()  # (n, K)
-            losses[chunk], slope = _losses_and_slope(logits, target, counts, options, with_gradient)
-            if slope is None:
-                continue
-            if counts is None:
-                shape = tuple(part.shape)
-                slope = compute_expand_backward(slope, codes, code_type, *fine, shape)
-            gradient[chunk] = slope.view(part.shape).to(scores.dtype)
-    return losses, gradient
+
+    def of_logits(
+        logits: Tensor, target: Tensor, counts: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return _losses_and_slope(logits, target, counts, options, with_gradient)
+
+    return chunked(
+        of_logits, scores, codes, code_type, *fine, labels, rows, chunk_size, with_gradient
+    )
 
 
 def _losses_and_slope(
@@ -198,12 +172,7 @@ def _losses_and_slope(
     overwritten: one buffer of n x C serves all passes (a soft-cap takes a second), because these
     passes over memory take about as long as the products.
     """
-    z = logits.mul_(options.logit_scale) if options.logit_scale != 1.0 else logits
-    cap_slope = None
-    if options.softcap is not None:
-        z.div_(options.softcap).tanh_()
-        cap_slope = 1 - z.square() if with_slope else None
-        z.mul_(options.softcap)
+    z, cap_slope = final_logits(logits, options.logit_scale, options.softcap, with_slope)
     smoothing = options.label_smoothing
     rows = torch.arange(len(z), device=z.device)
     losses = -(1 - smoothing) * z[rows, target]
@@ -226,104 +195,14 @@ def _losses_and_slope(
     z[rows, target] -= 1 - smoothing
     if smoothing:
         z -= smoothing / z.shape[1] if counts is None else smoothing * counts / counts.sum()
-    if cap_slope is not None:
-        z.mul_(cap_slope)
-    return losses, z.mul_(options.logit_scale) if options.logit_scale != 1.0 else z
+    return losses, slope_before(z, options.logit_scale, cap_slope)
 
 
-def _tokens_per_codeword(codes: Tensor, codebook_size: int) -> Tensor:
-    counts = codes[:, 0].int().bincount(minlength=codebook_size)
-    if len(counts) > codebook_size:
-        raise IndexError(
-            f"`codes` holds {len(counts) - 1}, but the scores have {codebook_size} codewords a "
-            f"codebook: codes run from 0 to {codebook_size - 1}."
-        )
-    return counts
-
-
-def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *_, labels, ctx.ignore_index = inputs[:7]
-    _, gradient = output
-    ctx.mark_non_differentiable(gradient)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gradient, labels)
-
-
-def _gradient_of_losses(
-    ctx: Any, grad_losses: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        # `once_differentiable` would notice only a gradient of the losses that has a graph itself,
-        # and let second derivatives that go through the scores be silently wrong.
-        raise RuntimeError(
-            "linear_cross_entropy can be differentiated once, but `create_graph=True` asks for the "
-            "graph of its gradient; use `expand` and torch.nn.functional.cross_entropy instead."
-        )
-    if grad_losses is None:
-        return (None,) * 13
-    gradient, labels = ctx.saved_tensors
-    # The mean over no rows has an infinite gradient; ignored rows have none, as in PyTorch.
-    factor = grad_losses.masked_fill(labels == ctx.ignore_index, 0)
-    factor = factor.view(-1, *[1] * (gradient.dim() - 1))
-    return ((factor * gradient).to(gradient.dtype), *[None] * 12)
-
-
-def _shapes(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    check(scores, *arguments[:4])
-    with_gradient = arguments[-1]
-    losses = scores.new_empty(scores.shape[0], dtype=eager.sum_dtype(scores.dtype))
-    return losses, torch.empty_like(scores) if with_gradient else scores.new_empty(0)
-
-
-def _check_tensors(hidden: Tensor, labels: Tensor, codebook: Tensor, codebook_bias: Tensor) -> None:
-    if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"`hidden` has shape {tuple(hidden.shape)} and `labels` {tuple(labels.shape)}; "
-            "flatten them to (N, d) and (N,)."
-        )
-    if labels.dtype is not torch.int64:
-        raise TypeError(f"`labels` is {labels.dtype}; token ids must be int64.")
-    wanted = (*codebook_bias.shape, hidden.shape[1])
-    if tuple(codebook.shape) != wanted:
-        raise ValueError(
-            f"`codebook` has shape {tuple(codebook.shape)}; with `codebook_bias` of shape "
-            f"{tuple(codebook_bias.shape)} and a hidden size of {hidden.shape[1]} it must be "
-            f"{wanted}."
-        )
-
-
-def _check_options(
-    reduction: str, label_smoothing: float, softcap: float | None, chunk_size: int | None
-) -> None:
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"`reduction` is {reduction!r}; it must be {', '.join(_REDUCTIONS)}.")
+def _check_loss_options(label_smoothing: float, z_loss: float) -> None:
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"`label_smoothing` is {label_smoothing}; it must lie in 0..1.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"`final_logit_softcapping` is {softcap}; it must be positive or None.")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"`chunk_size` is {chunk_size}; it must be at least one row, or None.")
-
-
-def _check_loss_options(
-    reduction: str, z_loss: float, num_items_in_batch: int | Tensor | None
-) -> None:
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"`z_loss` is {z_loss}; it must be a finite weight, 0 for none.")
-    if num_items_in_batch is not None and reduction != "mean":
-        raise ValueError(
-            f"`num_items_in_batch` divides the sum in the place of a mean, but `reduction` is "
-            f"{reduction!r}; leave one of them out."
-        )
-
-
-def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    wrong = labels[(labels < 0) | (labels >= vocabulary)]
-    if len(wrong):
-        raise IndexError(
-            f"`labels` holds {int(wrong[0])}; with {vocabulary} tokens a label must lie in "
-            f"0..{vocabulary - 1} or be `ignore_index`, {ignore_index}."
-        )
 
 
 LIBRARY.define(
@@ -333,7 +212,7 @@ LIBRARY.define(
     tags=TAGS,
 )
 LIBRARY.impl("cross_entropy", compute_cross_entropy, "CompositeExplicitAutograd")
-torch.library.register_fake("vqlogits::cross_entropy", _shapes, lib=LIBRARY)
+torch.library.register_fake("vqlogits::cross_entropy", fake, lib=LIBRARY)
 torch.library.register_autograd(
-    "vqlogits::cross_entropy", _gradient_of_losses, setup_context=_keep_gradient, lib=LIBRARY
+    "vqlogits::cross_entropy", gradient_of_losses, setup_context=keep_gradient, lib=LIBRARY
 )

@@ -5,7 +5,7 @@ from test_eager import LargestTensor
 from torch.nn import functional
 
 from hf_vqlogits import ops
-from hf_vqlogits.ops import backends, cross_entropy
+from hf_vqlogits.ops import backends, cross_entropy, row_losses
 
 VOCABULARY, HIDDEN = 97, 6
 CODES = {
@@ -325,7 +325,7 @@ def test_wrong_arguments_are_refused(change, error, message):
 
 
 def test_the_default_chunk_is_bounded_in_bytes(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 2 * 4 * VOCABULARY)
+    monkeypatch.setattr(row_losses, "CHUNK_BYTES", 2 * 4 * VOCABULARY)
     _, labels, head = make_problem("index", torch.float32)
     scores = torch.randn(9, 3, 5)
     ops.expand(scores, head["codes"], code_type="index")  # the kernel keeps its form of the codes
