@@ -1,6 +1,7 @@
 """What every results file says: the command, the machine, the versions, and scores in one form."""
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ def record(benchmark: str, *packages: str, **figures: Any) -> dict[str, Any]:
         if word == "--work":
             words[i + 1] = "WORK"  # any folder does, and this one is of this machine
     return {
-        "command": " ".join(["python -m", f"benchmarks.{benchmark}", *words]),
+        "command": f"python -m benchmarks.{benchmark} {shlex.join(words)}".rstrip(),
         "machine": machine(),
         "versions": versions(*packages),
         **figures,

@@ -1,6 +1,6 @@
 """Write the tables of the documents from `benchmarks/results/`: no figure is copied by hand.
 
-    python -m benchmarks.tables            # rewrite README.md and docs/gru_svm.md
+    python -m benchmarks.tables            # rewrite README.md and documents beside it
     python -m benchmarks.tables --check    # fail if they are not what the results say
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, NAME one of `TABLES`.
@@ -16,7 +16,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-DOCUMENTS = (README, README.parent / "docs" / "gru_svm.md")
+DOCUMENTS = (README, *(README.parent / "docs" / name for name in ("gru_svm.md", "peers.md")))
 HEADS = {
     "signs": "sign codes",
     "residual": "index codes, K = 4",
@@ -43,6 +43,11 @@ def times(factor: float) -> str:
     return f"x{factor:.3f}" if factor < 10 else f"x{factor:.1f}"
 
 
+def precise(factor: float) -> str:
+    """A factor, with five digits where it is near to one."""
+    return f"x{factor:.4f}" if factor < 2 else times(factor)
+
+
 def quality(model: str) -> str:
     """Factors of the heads of one model, fitted and distilled."""
     rows = [row for row in results("quality_fit")["rows"] if row["model"] == model]
@@ -66,6 +71,30 @@ def quality(model: str) -> str:
 
     first = ["dense, bfloat16", "", "16", f"{dense:.1f} MB", "1", f"perplexity {before}", ""]
     return table(header, [first, *map(cells, rows)])
+
+
+def peers(model: str) -> str:
+    """Heads of one model beside those of other methods, by bytes; nothing where not measured."""
+    if not (RESULTS / "quality.json").exists():
+        return ""
+    rows = [row for row in results("quality")["rows"] if row["model"] == model]
+    if not rows:
+        return ""
+    texts = list(rows[0]["texts"])
+    header = "method | setting | MB | bits a weight | factor | same greedy token, " + " / ".join(
+        texts
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        ours = row["peer"] == "sign codes"
+        yield "**sign codes**" if ours else row["peer"]
+        yield row["setting"]
+        yield f"{row['bytes'] / 1e6:.2f}"
+        yield f"{row['bits_per_weight']:.2f}"
+        yield f"**{precise(row['factor'])}**" if ours else precise(row["factor"])
+        yield " / ".join(f"{row['texts'][text]['greedy_agreement']:.1%}" for text in texts)
+
+    return table(header, map(cells, sorted(rows, key=lambda row: row["bytes"])))
 
 
 def finetuning() -> str:
@@ -202,6 +231,8 @@ def gru_svm_claims() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quality smollm2": lambda: quality("smollm2"),
     "quality gpt2-novels": lambda: quality("gpt2-novels"),
+    "peers smollm2": lambda: peers("smollm2"),
+    "peers gpt2-novels": lambda: peers("gpt2-novels"),
     "finetuning": finetuning,
     "finetuned": finetuned,
     "speed": speed,

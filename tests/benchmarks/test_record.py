@@ -10,9 +10,13 @@ from hf_vqlogits.conversion.comparison import HeadScore
 
 
 def test_a_result_says_how_to_make_it_again(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["speed.py", "--quick", "--output", "x.json"])
+    monkeypatch.setattr(
+        sys, "argv", ["speed.py", "--quick", "--peers", "low rank", "--output", "x.json"]
+    )
     result = record("speed", "pytest", rows=[1])
-    assert result["command"] == "python -m benchmarks.speed --quick --output x.json"
+    assert (
+        result["command"] == "python -m benchmarks.speed --quick --peers 'low rank' --output x.json"
+    )
     assert result["rows"] == [1]
     assert result["versions"]["pytest"] == pytest.__version__
     assert result["machine"]["cores"] >= 1

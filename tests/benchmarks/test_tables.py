@@ -31,6 +31,30 @@ def test_tables_are_markdown():
     assert (tables.times(1.2345), tables.times(66.454)) == ("x1.234", "x66.5")
 
 
+def test_peers(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.peers("one") == ""
+
+    def row(peer, size, factor):
+        text = {"greedy_agreement": 0.912}
+        return {
+            "model": "one",
+            "peer": peer,
+            "setting": "4 bit",
+            "bytes": size,
+            "bits_per_weight": 4.25,
+            "factor": factor,
+            "texts": {"novels": text},
+        }
+
+    rows = [row("GPTQ", 3_000_000, 1.00123), row("sign codes", 1_234_567, 2.3456)]
+    (tmp_path / "quality.json").write_text(json.dumps({"rows": rows}))
+    assert tables.peers("another") == ""
+    lines = tables.peers("one").splitlines()
+    assert lines[2] == "| **sign codes** | 4 bit | 1.23 | 4.25 | **x2.346** | 91.2% |"
+    assert lines[3] == "| GPTQ | 4 bit | 3.00 | 4.25 | x1.0012 | 91.2% |"
+
+
 def test_fine_tuned_models(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.finetuned() == ""
