@@ -19,9 +19,10 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(8 * len(models) + 3, 7), layout="constrained")
     FigureCanvasAgg(figure)
+    peers = {row["peer"] for row in rows}  # one legend for all panels
     panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for panel, model in zip(panels, models, strict=True):
-        _panel(panel, [row for row in rows if row["model"] == model])
+        _panel(panel, [row for row in rows if row["model"] == model], peers)
         panel.set_title(model)
     panels[0].set_ylabel("perplexity factor over the dense layer, without training")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -29,8 +30,10 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _panel(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _panel(panel: Any, rows: Sequence[Mapping[str, Any]], peers: set[str]) -> None:
     for index, peer in enumerate(FAMILIES):
+        if peer not in peers:
+            continue
         points = sorted(
             (row["bytes"] / 1e6, height(row["factor"]))
             for row in rows

@@ -42,8 +42,8 @@ def make_problem(kind, dtype=torch.float64, rows=9, seed=0):
     return torch.randn(rows, HIDDEN, dtype=dtype, requires_grad=True), labels, head
 
 
-def dense_loss(hidden, labels, head, *, scale=1.0, cap=None, z_loss=0.0, **options):
-    """The loss of the written-out logits, in float64."""
+def dense_logits(hidden, head, scale, cap):
+    """The written-out logits in float64, and the tensors that they are differentiable in."""
     exact = {k: head[k].detach().double() for k in ("codebook", "codebook_bias")}
     for tensor in exact.values():
         tensor.requires_grad_()
@@ -51,6 +51,12 @@ def dense_loss(hidden, labels, head, *, scale=1.0, cap=None, z_loss=0.0, **optio
     scores = torch.einsum("nd,...d->n...", exact_hidden, exact["codebook"]) + exact["codebook_bias"]
     z = scale * references.logits(scores, **codes_of(head))
     z = z if cap is None else cap * torch.tanh(z / cap)
+    return z, (exact_hidden, *exact.values())
+
+
+def dense_loss(hidden, labels, head, *, scale=1.0, cap=None, z_loss=0.0, **options):
+    """The loss of those logits, and what it is differentiable in."""
+    z, exact = dense_logits(hidden, head, scale, cap)
     loss = functional.cross_entropy(z, labels, ignore_index=IGNORED, **options)
     if z_loss:
         squares = z.logsumexp(1).square().masked_fill(labels == IGNORED, 0)
@@ -59,7 +65,7 @@ def dense_loss(hidden, labels, head, *, scale=1.0, cap=None, z_loss=0.0, **optio
         loss = loss + z_loss * {"none": squares, "sum": squares.sum()}.get(
             reduction, squares.sum() / count
         )
-    return loss, (exact_hidden, *exact.values())
+    return loss, exact
 
 
 def codes_of(head):

@@ -1,7 +1,15 @@
 import pytest
 import references
 import torch
-from test_cross_entropy import IGNORED, VOCABULARY, codes_of, each_kind, gradients, make_problem
+from test_cross_entropy import (
+    IGNORED,
+    VOCABULARY,
+    codes_of,
+    dense_logits,
+    each_kind,
+    gradients,
+    make_problem,
+)
 from test_eager import LargestTensor
 
 from hf_vqlogits import ops
@@ -10,19 +18,13 @@ from hf_vqlogits.ops import squared_hinge
 
 
 def dense_loss(hidden, labels, head, *, scale=1.0, cap=None, reduction="mean"):
-    """The loss of the written-out logits, in float64."""
-    exact = {k: head[k].detach().double() for k in ("codebook", "codebook_bias")}
-    for tensor in exact.values():
-        tensor.requires_grad_()
-    exact_hidden = hidden.detach().double().requires_grad_()
-    scores = torch.einsum("nd,...d->n...", exact_hidden, exact["codebook"]) + exact["codebook_bias"]
-    z = scale * references.logits(scores, **codes_of(head))
-    z = z if cap is None else cap * torch.tanh(z / cap)
+    """The loss of the written-out logits in float64, and what it is differentiable in."""
+    z, exact = dense_logits(hidden, head, scale, cap)
     signs = torch.where(labels[:, None] == torch.arange(VOCABULARY), 1.0, -1.0)
     losses = torch.clamp(1 - signs * z, min=0).square().sum(1).masked_fill(labels == IGNORED, 0)
     count = (labels != IGNORED).sum()
     loss = {"none": losses, "sum": losses.sum(), "mean": losses.sum() / count}[reduction]
-    return loss, (exact_hidden, *exact.values())
+    return loss, exact
 
 
 def chunked_loss(hidden, labels, head, *, scale=1.0, cap=None, **options):
@@ -53,8 +55,7 @@ def test_loss_and_gradients_are_those_of_the_dense_logits(kind, reduction, scale
 @each_kind
 def test_it_is_the_loss_of_the_dense_layer(kind):
     hidden, labels, head = make_problem(kind)
-    scores = torch.einsum("nd,...d->n...", hidden, head["codebook"]) + head["codebook_bias"]
-    z = references.logits(scores, **codes_of(head))
+    z, _ = dense_logits(hidden, head, 1.0, None)
     want = dense_squared_hinge(z, labels, ignore_index=IGNORED)
     torch.testing.assert_close(chunked_loss(hidden, labels, head, reduction="sum"), want)
 
