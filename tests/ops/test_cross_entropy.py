@@ -1,7 +1,7 @@
 import pytest
 import references
 import torch
-from test_eager import LargestTensor
+from largest_tensor import LargestTensor
 from torch.nn import functional
 
 from hf_vqlogits import ops

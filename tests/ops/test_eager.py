@@ -3,24 +3,10 @@ import pytest
 import references
 import torch
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import LargestTensor
 
 from hf_vqlogits import ops
 from hf_vqlogits.ops import eager
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = result if isinstance(result, (tuple, list)) else (result,)
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and 0 not in tensor.stride():
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 @hypothesis.settings(deadline=None)

@@ -1,6 +1,7 @@
 import pytest
 import references
 import torch
+from largest_tensor import LargestTensor
 from test_cross_entropy import (
     IGNORED,
     VOCABULARY,
@@ -10,7 +11,6 @@ from test_cross_entropy import (
     gradients,
     make_problem,
 )
-from test_eager import LargestTensor
 
 from hf_vqlogits import ops
 from hf_vqlogits.gru_svm.squared_hinge import squared_hinge as dense_squared_hinge
