@@ -31,6 +31,7 @@ from . import ops
 from .coded import WHERE_FROM, CodedLayer, score_scale
 from .nested import check_stored, cut_codes
 from .ops import eager
+from .sampling import sample
 
 OUTPUT_LOSSES = ("cross_entropy", "squared_hinge")
 
@@ -341,6 +342,19 @@ class VQLogitsHead(CodedLayer):
     def argmax(self, hidden_states: Tensor) -> Tensor:
         """The most likely token of every position: (..., d) -> int64 (...), as [`topk`]."""
         return self.topk(hidden_states, 1)[1].squeeze(-1)
+
+    def sample(
+        self,
+        hidden_states: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw a token for every position: (..., d) -> int64 (...); see [`sampling.sample`]."""
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
+        self._check_width(hidden_states)
+        return sample(self, hidden_states, **options, generator=generator)
 
     def _check_width(self, hidden_states: Tensor) -> None:
         if hidden_states.shape[-1] != self.in_features:
