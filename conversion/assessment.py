@@ -16,14 +16,18 @@ from .coverage import EVALUATION_TEXT, OWN_TEXT, CoverageMeter, TextCoverage, wa
 from .environment import machine, versions
 from .families import assemble
 from .quantise import Quantiser
-from .report import ConversionReport, LadderRung, NestedRung, last_part
+from .refining import FittedRefinement
+from .report import ConversionReport
+from .size_tables import LadderRung, NestedRung
 from .sizes import HeadSize
 from .source import Source
 from .streaming import hidden_states
 from .timing import logit_times
+from .wording import last_part
 
 QUANTISED = "quantised"
 HEAD_ALONE = "head alone"
+REFINED = "refined"
 
 
 def assess(
@@ -33,6 +37,7 @@ def assess(
     size: HeadSize,
     head: VQLogitsHead,
     embedding: VQEmbedding | None = None,
+    refined: FittedRefinement | None = None,
     *,
     method: str,
     embeddings: str = "keep",
@@ -47,6 +52,7 @@ def assess(
         size: of the head.
         head: the chosen head; it is put into the type of the original's output layer.
         embedding: the quantised input embedding, likewise; None where the dense one stays.
+        refined: refinement of the head, in that type as well; None where there is none.
         method: that made the head.
         embeddings: how the embedding was made.
         rungs: heads of other sizes to compare with; where `size` holds smaller ones, these.
@@ -67,23 +73,33 @@ def assess(
         input_tensors = [*embedding.state_dict(keep_vars=True).values()]
     if embeddings == "vq" and embedding is not None:
         fields["embedding_codebooks"] = embedding.num_codebooks
+    also: dict[str, Logits] = {}
+    if refined is not None:
+        refined.refinement.to(dtype)
+        fields["refine_top_k"] = refined.refinement.top_k
+        fields["refine_deviations"] = refined.refinement.deviations
+        fields["refine_with_embedding"] = refined.refinement.weight is None
+        also[REFINED] = refined.logits(parts, head)
+    others: dict[str, Logits] = {**{str(s): h for s, h in rungs.items()}, **also}
     meter = CoverageMeter(statistics, corpus.calibration)
     coverage: dict[str, TextCoverage] = {}
     with quantiser.timed("evaluation"):
         # With a quantised embedding the sizes inside are judged behind that, below.
-        alone = rungs if embedding is None else {}
-        scores = _scores(quantiser, head, alone, meter, coverage)
+        alone = others if embedding is None else {}
+        scores = _scores(quantiser, {QUANTISED: head, **alone}, meter, coverage)
         if corpus.own is not None:
             own = hidden_states(parts.backbone, corpus.own, skip=corpus.own_unscored)
             coverage |= meter.measure(own, OWN_TEXT)
-    model = assemble(parts, quantiser.config(size, **fields), head, embedding)
+    refinement = None if refined is None else refined.refinement
+    model = assemble(parts, quantiser.config(size, **fields), head, embedding, refinement)
     model.generation_config = source.model.generation_config
     with quantiser.timed("evaluation"):
         if embedding is not None:
             scores[HEAD_ALONE] = scores[QUANTISED]
-            for name, one in {QUANTISED: head, **{str(s): h for s, h in rungs.items()}}.items():
-                scores[name] = _converted_score(quantiser, one, scores["dense"])
-        times = logit_times(parts.weight, parts.bias, head)
+            others[QUANTISED] = head
+            for name, layer in others.items():
+                scores[name] = _converted_score(quantiser, layer, scores["dense"])
+        times = logit_times(parts.weight, parts.bias, head, also)
         rung_times = {s: logit_times(parts.weight, parts.bias, h) for s, h in rungs.items()}
     vocab_size, hidden_size = parts.weight.shape
     storage, after = head.storage(), model_size(model)
@@ -152,6 +168,18 @@ def assess(
         notes=[*warnings_of(coverage), *_notes(quantiser, head, embeddings)],
         model=model,
     )
+    if refined is not None:
+        batches = (hidden for hidden, _ in evaluation_batches(quantiser))
+        with quantiser.timed("evaluation"):
+            found = refined.judge(parts, head, batches)
+        report.refinement = {
+            "top_k": refined.refinement.top_k,
+            "deviations": refined.refinement.deviations,
+            "bytes": model_size(refined.refinement)[1],
+            "perplexity": scores[REFINED].perplexity,
+            "greedy_agreement": scores[REFINED].agreement,
+            **vars(found),
+        }
     if size.code_type == "index" and size.num_codebooks == 1:
         report.perplexity_bound = perplexity_bound(
             head.codes, corpus.evaluation[:, 1 + corpus.unscored :]
@@ -174,12 +202,10 @@ def assess(
 
 def _scores(
     quantiser: Quantiser,
-    head: VQLogitsHead,
-    rungs: dict[HeadSize, VQLogitsHead],
+    heads: dict[str, Logits],
     meter: CoverageMeter,
     coverage: dict[str, TextCoverage],
 ) -> dict[str, HeadScore]:
-    heads = {QUANTISED: head, **{str(s): h for s, h in rungs.items()}}
     return compare_heads(
         meter.watch(evaluation_batches(quantiser), coverage, EVALUATION_TEXT),
         in_own_type(quantiser, quantiser.parts.logits),
@@ -187,7 +213,7 @@ def _scores(
     )
 
 
-def _converted_score(quantiser: Quantiser, head: VQLogitsHead, dense: HeadScore) -> HeadScore:
+def _converted_score(quantiser: Quantiser, head: Logits, dense: HeadScore) -> HeadScore:
     """Score of the head on the hidden states of the backbone with its quantised embedding."""
     return judge_model(evaluation_batches(quantiser), in_own_type(quantiser, head), dense.choices)
 

@@ -5,17 +5,17 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from .report import (
+from .report import ConversionReport
+from .size_tables import (
     CANDIDATE_COLUMNS,
     LADDER_COLUMNS,
     NESTED_COLUMNS,
-    ConversionReport,
     LadderRung,
     candidate_cells,
     ladder_cells,
-    last_part,
     nested_cells,
 )
+from .wording import last_part
 
 PLOT_FILE = "vq_report.png"
 CARD = """---

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from hf_vqlogits.configuration_vqlogits import EMBEDDINGS
 
-from .convert import DISTILL_STEPS, INPUT_DISTILL_STEPS, convert_to_vq
+from .convert import DISTILL_STEPS, INPUT_DISTILL_STEPS, REFINE_AGREEMENT, convert_to_vq
 from .corpus import CALIBRATION_TOKENS, SELF_TOKENS
 from .errors import ConversionError
 from .quantise import REREADINGS
@@ -122,6 +122,22 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="steps, of about 1,000 tokens, of training the codebooks of both sides through the "
         f"body (vq, tied); default {INPUT_DISTILL_STEPS} for signs, else 0",
+    )
+    p.add_argument(
+        "--refine-top-k",
+        metavar="T",
+        type=int,
+        default=0,
+        help="score so many tokens of the largest logits again by rows of the dense output layer, "
+        "which stay in the model for it (in tied models they are the input embedding's)",
+    )
+    p.add_argument(
+        "--refine-agreement",
+        metavar="SHARE",
+        type=float,
+        default=REFINE_AGREEMENT,
+        help="share of the positions where the dense layer's choice is to be among them; fewer are "
+        f"scored for a smaller one; default {REFINE_AGREEMENT}",
     )
     p.add_argument("--ladder", action="store_true", help="compare fits at 99.5, 99, 98 and 96%%")
     p.add_argument("--device", help="default: a GPU when there is one")

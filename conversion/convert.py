@@ -44,6 +44,7 @@ LAST_SEED = 2**31 - 1  # the largest that every library here takes
 
 DISTILL_STEPS = 256  # some five minutes for SmolLM2-135M on two cores
 INPUT_DISTILL_STEPS = 128  # likewise
+REFINE_AGREEMENT = 0.999
 
 
 def convert_to_vq(
@@ -70,6 +71,8 @@ def convert_to_vq(
     embeddings: str = "keep",
     embedding_bits: int | None = None,
     input_distill_steps: int | None = None,
+    refine_top_k: int = 0,
+    refine_agreement: float = REFINE_AGREEMENT,
     ladder: bool = False,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -124,6 +127,11 @@ def convert_to_vq(
         input_distill_steps: steps, of about a thousand positions each, of training the codebooks
             of input embedding and output layer together, through the body, with `"vq"` or
             `"tied"`; default 128 for signs where the text is long enough, else 0.
+        refine_top_k: score so many tokens of the largest logits again by rows of the dense output
+            layer, which stay in the model for it (in tied models with `embeddings` `"keep"` they
+            are the input embedding's); 0 for none. Not with `nested`.
+        refine_agreement: share of the positions of text that the head was not trained on where the
+            dense layer's choice is to be among those scored; fewer are scored for a smaller one.
         ladder: compare 99.5, 99, 98 and 96% on the evaluation text (signs, with `embeddings`
             `"keep"`). It shows the fit alone: `distill_steps` train the head that is written and
             none of these.
@@ -168,6 +176,7 @@ def convert_to_vq(
         _check_range("distill_steps", distill_steps, 0)
     if state_file is not None:
         check_state_file(state_file, distill_steps, input_distill_steps)
+    _check_refinement(refine_top_k, refine_agreement, nested)
     _check_range("seed", seed, 0, LAST_SEED)
     if folder is not None:
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
@@ -176,6 +185,8 @@ def convert_to_vq(
     )
     parts = take_apart(source.model)
     vocab_size, hidden_size = parts.weight.shape
+    _check_range("refine_top_k", refine_top_k, 0, vocab_size)
+    refine_with_embedding = parts.tied and embeddings == "keep"
     choices = []
     if max_perplexity_increase is not None:
         choices = sizes_to_choose_from(vocab_size, hidden_size, fine_share)
@@ -196,6 +207,8 @@ def convert_to_vq(
     if folder is not None:
         coded_bytes = size.stored_bytes(vocab_size, hidden_size, parts.weight.element_size())
         coded_bytes += embedding_bytes(embeddings, parts, embedding_bits)
+        if refine_top_k and not refine_with_embedding:
+            coded_bytes += parts.weight.nbytes
         check_room(folder, output_bytes(parts.backbone, coded_bytes, source))
     corpus = prepare_corpus(
         source,
@@ -233,6 +246,17 @@ def convert_to_vq(
         if distill_steps:
             with quantiser.timed("distillation"):
                 quantiser.distill(head, distill_steps, statistics, state_file=files.get(size))
+    refined = None
+    if refine_top_k:
+        with quantiser.timed("refinement"):
+            refined = quantiser.refine(
+                head,
+                size,
+                statistics,
+                top_k=refine_top_k,
+                agreement=refine_agreement,
+                with_embedding=refine_with_embedding,
+            )
     embedding = None
     if embedding_bits is not None:
         with quantiser.timed("input embedding"):
@@ -249,6 +273,7 @@ def convert_to_vq(
         size,
         head,
         embedding,
+        refined,
         method=method,
         embeddings=embeddings,
         rungs=rungs,
@@ -294,6 +319,25 @@ def _check_input_steps(asked: int | None, embeddings: str) -> int | None:
             "is 'keep'; use 'vq' or 'tied', or leave it out."
         )
     return 0
+
+
+def _check_refinement(
+    refine_top_k: int, refine_agreement: float, nested: Sequence[float] | None
+) -> None:
+    _check_range("refine_top_k", refine_top_k, 0)
+    if not 0 < refine_agreement <= 1:
+        raise ConversionError(
+            f"`refine_agreement` must lie above 0 and be at most 1, got {refine_agreement}."
+        )
+    if refine_top_k and nested is not None:
+        raise ConversionError(
+            f"`refine_top_k` {refine_top_k} does not go with `nested`: the errors of the logits "
+            "are kept for one size only. Convert to one size."
+        )
+    if not refine_top_k and refine_agreement != REFINE_AGREEMENT:
+        raise ConversionError(
+            f"`refine_agreement` {refine_agreement} needs `refine_top_k`; give it, 64 for example."
+        )
 
 
 def _ladder_sizes(vocab_size: int, hidden_size: int, fine_share: float | None) -> list[HeadSize]:

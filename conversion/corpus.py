@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .errors import ConversionError
 from .hub import SECONDS, offline_unless_answered
-from .report import last_part
 from .source import Source
 from .text import (
     WIKITEXT,
@@ -21,6 +20,7 @@ from .text import (
     split_lines,
     tokenize,
 )
+from .wording import last_part
 
 logger = logging.getLogger(__name__)
 

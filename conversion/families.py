@@ -16,6 +16,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from hf_vqlogits import VQLogitsConfig, VQLogitsForCausalLM, VQLogitsHead
 from hf_vqlogits.embedding import VQEmbedding
+from hf_vqlogits.refinement import Refinement
 
 from .errors import ConversionError
 
@@ -159,6 +160,7 @@ def assemble(
     config: VQLogitsConfig,
     head: VQLogitsHead,
     embedding: VQEmbedding | None = None,
+    refinement: Refinement | None = None,
 ) -> VQLogitsForCausalLM:
     """Our model around the source's own backbone, without a copy of its weights.
 
@@ -167,6 +169,7 @@ def assemble(
         config: says what head and embedding are.
         head: the output layer.
         embedding: the quantised input embedding, or None for the dense one.
+        refinement: of the head, if the configuration says that there is one.
     """
     with torch.device("meta"):
         model = VQLogitsForCausalLM(config)
@@ -174,7 +177,7 @@ def assemble(
         parts.backbone.set_input_embeddings(embedding)
     model.model.backbone = parts.backbone
     model.config.text_config = parts.config  # one object, as in a model built the ordinary way
-    model.lm_head = head
+    model.lm_head, model.refinement = head, refinement
     return model.train(parts.backbone.training)
 
 

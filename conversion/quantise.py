@@ -28,9 +28,11 @@ from .embeddings import (
 )
 from .end_to_end import distill_end_to_end
 from .families import SourceParts, head_config
+from .held_out import long_enough, split
 from .metric import TokenMetric, token_metric
 from .precision import product_dtype
 from .redrawing import draw_tokens, redraw
+from .refining import FittedRefinement, fit_refinement
 from .signs import SignFit, SignFitter
 from .sizes import HeadSize
 from .streaming import KeptStates
@@ -239,6 +241,36 @@ class Quantiser:
                 advance=advance,
             )
         self.details["end to end"] = vars(done)
+
+    def refine(
+        self,
+        head: VQLogitsHead,
+        size: HeadSize,
+        statistics: CalibrationStatistics,
+        *,
+        top_k: int,
+        agreement: float,
+        with_embedding: bool,
+    ) -> FittedRefinement:
+        """What scores the head's best tokens again by rows of the dense layer.
+
+        Args:
+            head: the finished output layer.
+            size: of it.
+            statistics: of the calibration text.
+            top_k: T, tokens of a position at most.
+            agreement: share of the positions where the dense layer's choice is to be among those
+                scored.
+            with_embedding: the rows are the input embedding's.
+        """
+        states = self._states()
+        batches: Iterable[Tensor] = ()
+        if long_enough(self.corpus.calibration):
+            kept_out, _ = split(states.blocks, 1, self.seed, versions=states.versions)
+            batches = states(kept_out)
+        config = self.config(size, refine_top_k=top_k, refine_with_embedding=with_embedding)
+        metric = self._metric(statistics)
+        return fit_refinement(self.parts, config, head, metric, statistics, batches, agreement)
 
     def _metric(self, statistics: CalibrationStatistics) -> TokenMetric:
         parts = self.parts

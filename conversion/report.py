@@ -1,7 +1,6 @@
 """What a conversion did, as one object behind terminal, JSON, model card and plot."""
 
 import json
-import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,57 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from .coverage import NAMES, TextCoverage
+from .size_tables import (
+    CANDIDATE_COLUMNS,
+    LADDER_COLUMNS,
+    NESTED_COLUMNS,
+    Candidate,
+    LadderRung,
+    NestedRung,
+    candidate_cells,
+    ladder_cells,
+    nested_cells,
+)
+from .wording import last_part, megabytes, milliseconds, ratio, speeds
 
 REPORT_FILE = "vq_report.json"
-
-
-@dataclass
-class LadderRung:
-    """One size of the ladder. Perplexities are on the evaluation text."""
-
-    param_reduction: float
-    bits_per_token: float
-    bits_per_weight: float
-    bytes: int
-    perplexity: float
-    perplexity_factor: float
-    greedy_agreement: float
-    logit_seconds: float
-
-
-@dataclass
-class NestedRung(LadderRung):
-    """One size of a checkpoint that holds several; `bytes` are those of its layer once loaded.
-
-    Attributes:
-        num_codebooks: R, by which it is loaded.
-    """
-
-    num_codebooks: int
-
-
-@dataclass
-class Candidate:
-    """A size that a search tried. Factors are of the perplexity of the evaluation text.
-
-    Attributes:
-        num_codebooks: R.
-        bits_per_token: mean length of a token's code.
-        param_reduction: as in the report.
-        fit_factor: by the fit alone.
-        factor: of the head as it would be written, after the distillation where there is one; None
-            where the fit alone told enough.
-        passed: whether that is within the limit.
-        chosen: the smallest that passed.
-    """
-
-    num_codebooks: int
-    bits_per_token: float
-    param_reduction: float
-    fit_factor: float
-    factor: float | None
-    passed: bool | None
-    chosen: bool
 
 
 @dataclass
@@ -99,7 +61,12 @@ class ConversionReport:
             without text.
         perplexity_bound: with one index codebook, the perplexity that no training can go below.
         greedy_agreement: share of positions where the most likely token stayed the same.
-        logit_seconds: for one row, `dense_float32`, `dense_bfloat16`, `quantised`.
+        logit_seconds: for one row, `dense_float32`, `dense_bfloat16`, `quantised`, and `refined`
+            where the best logits are scored again.
+        refinement: with `refine_top_k`: `top_k` and `deviations` of its rule, `bytes` that it adds
+            to the model, `perplexity` and `greedy_agreement` of the refined logits, the mean number
+            of tokens `scored` a position, and the share of positions where a bound on any error
+            `certified` the best one. Else None.
         calibration: `source`, of a local path the last part, `tokens`, and `rereadings` of them.
         evaluation: likewise, and `context`.
         coverage: how well the calibration text covers others, by name: `evaluation`, and `own_text`
@@ -158,6 +125,7 @@ class ConversionReport:
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    refinement: dict[str, Any] | None = None
     base_model: str | None = None
     model: Any = field(default=None, repr=False, compare=False)
 
@@ -231,13 +199,31 @@ class ConversionReport:
                     "logits of one row (dense: float32 / bfloat16)",
                     f"{milliseconds(times['dense_float32'])} / "
                     f"{milliseconds(times['dense_bfloat16'])}",
-                    f"{milliseconds(times['quantised'])} ({_speeds(times)})",
+                    f"{milliseconds(times['quantised'])} ({speeds(times)})",
                 )
             )
+        rows += self._refinement_rows()
         if self.perplexity_bound is not None:
             rows.append(
                 ("least perplexity that one codebook allows", "", f"{self.perplexity_bound:.2f}")
             )
+        return rows
+
+    def _refinement_rows(self) -> list[tuple[str, str, str]]:
+        found = self.refinement
+        if found is None:
+            return []
+        rows = [
+            ("with the best logits scored again: bytes added", "", megabytes(found["bytes"])),
+            ("same most likely token", "", f"{found['greedy_agreement']:.2%}"),
+        ]
+        if self.perplexity is not None:
+            factor = found["perplexity"] / self.perplexity["before"]
+            rows.append(("perplexity", "", f"{found['perplexity']:.2f} (x{factor:.3f})"))
+        if "refined" in self.logit_seconds:
+            times = self.logit_seconds
+            told = f"{milliseconds(times['refined'])} ({speeds(times, 'refined')})"
+            rows.append(("logits of one row", "", told))
         return rows
 
     def _nested_rows(self) -> list[tuple[str, str, str]]:
@@ -296,6 +282,17 @@ class ConversionReport:
             f"{done['kl_after']:.3g} nats a token, on text kept out of it{early}"
         )
 
+    @staticmethod
+    def _refinement_rule(found: dict[str, Any]) -> str:
+        """Which tokens are scored again, and what is certain of them, in words."""
+        rule = f"of the {found['top_k']} best"
+        if found["deviations"] is not None:
+            rule += f" those within {found['deviations']:.2f} deviations of the errors"
+        return (
+            f"{rule}: {found['scored']:.1f} tokens a position on evaluation text; certain of the "
+            f"most likely token, by a bound on any error, at {found['certified']:.1%} of positions"
+        )
+
     def facts(self) -> list[tuple[str, str]]:
         """Lines about the head and how it was made."""
         if self.code_type == "sign":
@@ -334,6 +331,8 @@ class ConversionReport:
             facts.append(("distillation", self.distillation))
         if self.end_to_end is not None:
             facts.append(("end-to-end distillation", self.end_to_end))
+        if self.refinement is not None:
+            facts.append(("best logits scored again", self._refinement_rule(self.refinement)))
         times = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
         return [*facts, ("time", times), ("seed", str(self.seed))]
 
@@ -382,107 +381,3 @@ def _grid(title: str, columns: Sequence[str], cells: Iterable[Sequence[str]]) ->
     for row in cells:
         table.add_row(*row)
     return table
-
-
-LADDER_COLUMNS = (
-    "saved",
-    "bits a token",
-    "bits a weight",
-    "bytes",
-    "perplexity",
-    "factor",
-    "same token",
-    "one row",
-)
-
-
-def ladder_cells(rung: LadderRung) -> tuple[str, ...]:
-    """A rung as text, in the order of `LADDER_COLUMNS`."""
-    return (
-        f"{rung.param_reduction:.1%}",
-        f"{rung.bits_per_token:,.0f}",
-        f"{rung.bits_per_weight:.2f}",
-        megabytes(rung.bytes),
-        f"{rung.perplexity:.2f}",
-        f"x{rung.perplexity_factor:.3f}",
-        f"{rung.greedy_agreement:.1%}",
-        milliseconds(rung.logit_seconds),
-    )
-
-
-NESTED_COLUMNS = (
-    "R",
-    "saved",
-    "bits a token",
-    "bytes loaded",
-    "perplexity",
-    "factor",
-    "same token",
-    "one row",
-)
-
-
-def nested_cells(rung: NestedRung) -> tuple[str, ...]:
-    """A size as text, in the order of `NESTED_COLUMNS`."""
-    saved, bits, _, size, *judged = ladder_cells(rung)
-    return (f"{rung.num_codebooks:,}", saved, bits, size, *judged)
-
-
-CANDIDATE_COLUMNS = (
-    "R",
-    "bits a token",
-    "saved",
-    "factor, fit alone",
-    "factor",
-    "passed",
-)
-
-
-def candidate_cells(candidate: Candidate) -> tuple[str, ...]:
-    """A candidate as text, in the order of `CANDIDATE_COLUMNS`."""
-    passed = {None: "", True: "yes", False: "no"}[candidate.passed]
-    return (
-        f"{candidate.num_codebooks:,}",
-        f"{candidate.bits_per_token:,.0f}",
-        f"{candidate.param_reduction:.1%}",
-        f"x{candidate.fit_factor:.4f}",
-        "" if candidate.factor is None else f"x{candidate.factor:.4f}",
-        "chosen" if candidate.chosen else passed,
-    )
-
-
-def last_part(path: str) -> str:
-    """Of a local path what may be published: the folders above may name a person or a customer."""
-    return os.path.basename(os.path.abspath(os.path.expanduser(path)))
-
-
-def megabytes(count: int) -> str:
-    """Bytes as decimal megabytes, small ones as kilobytes."""
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
-
-
-def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds."""
-    return f"{_digits(seconds * 1e3)} ms"
-
-
-def ratio(before: float, after: float, less: str, more: str) -> str:
-    """How many times `after` is less or more than `before`: `"16.4x smaller"`."""
-    if after <= before:
-        return f"{_digits(before / after)}x {less}"
-    return f"{_digits(after / before)}x {more}"
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, without an exponent for large values."""
-    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
-
-
-def _speeds(times: dict[str, float]) -> str:
-    """The quantised layer's speed against the dense ones: `"20x / 16x faster"`."""
-    first, second = (
-        ratio(times[f"dense_{name}"], times["quantised"], "faster", "slower")
-        for name in ("float32", "bfloat16")
-    )
-    factor, word = first.split()
-    return f"{factor if second.endswith(word) else first} / {second}"

@@ -13,7 +13,8 @@ from .choice import Choice, choose_bits
 from .comparison import compare_heads, judge_model
 from .errors import ConversionError
 from .quantise import Quantiser
-from .report import Candidate, ConversionReport
+from .report import ConversionReport
+from .size_tables import Candidate
 from .sizes import HeadSize
 
 

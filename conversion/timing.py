@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -44,17 +44,23 @@ def paired_medians(
 
 
 @torch.no_grad()
-def logit_times(weight: Tensor, bias: Tensor | None, head: torch.nn.Module) -> dict[str, float]:
+def logit_times(
+    weight: Tensor,
+    bias: Tensor | None,
+    head: torch.nn.Module,
+    also: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> dict[str, float]:
     """Seconds for the logits of one row.
 
     Args:
         weight: dense output weight (V, d).
         bias: (V,) or None.
         head: the quantised head.
+        also: others to be timed, by name, on hidden states in the head's type.
 
     Returns:
-        `dense_float32`, `dense_bfloat16` and `quantised`, each from hidden states in the layer's
-        own type.
+        `dense_float32`, `dense_bfloat16`, `quantised` and the others, each from hidden states in
+        the layer's own type.
     """
     device = weight.device
     hidden = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(device)
@@ -64,5 +70,7 @@ def logit_times(weight: Tensor, bias: Tensor | None, head: torch.nn.Module) -> d
         tensors = (hidden.to(dtype), weight.to(dtype), own_bias)
         name = f"dense_{str(dtype).removeprefix('torch.')}"
         layers[name] = partial(torch.nn.functional.linear, *tensors)
-    layers["quantised"] = partial(head, hidden.to(next(head.parameters()).dtype))
+    own = hidden.to(next(head.parameters()).dtype)
+    layers["quantised"] = partial(head, own)
+    layers |= {name: partial(layer, own) for name, layer in (also or {}).items()}
     return paired_medians(layers, device)

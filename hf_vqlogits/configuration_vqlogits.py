@@ -48,6 +48,16 @@ class VQLogitsConfig(PreTrainedConfig):
             R of the input embedding, with `"vq"` only; defaults to that of a sign-coded head.
         embedding_fine_tokens (`int`, *optional*, defaults to 0):
             How many tokens have a second code there, with `"vq"` only.
+        refine_top_k (`int`, *optional*, defaults to 0):
+            T, how many tokens of the largest quantised logits are scored again by rows of the dense
+            output weight, outside of training; 0 to V, 0 without such rows. A checkpoint that has
+            them can be loaded with another number.
+        refine_deviations (`float`, *optional*):
+            z: of these, only those whose logit lies no further below the best one than z
+            deviations of the error of both; None scores them all.
+        refine_with_embedding (`bool`, *optional*, defaults to `False`):
+            The dense output weight is the input embedding's, as in a tied dense model, with
+            `embeddings` `"keep"`; else it is stored.
         tie_word_embeddings (`bool`, *optional*):
             Follows `embeddings`: True exactly with `"tied"`, as Transformers ties tensors only of
             models that say so. That of `text_config` says what the dense model did.
@@ -80,6 +90,9 @@ class VQLogitsConfig(PreTrainedConfig):
     embeddings: str = "keep"
     embedding_codebooks: int | None = None
     embedding_fine_tokens: int = 0
+    refine_top_k: int = 0
+    refine_deviations: float | int | None = None
+    refine_with_embedding: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -186,6 +199,7 @@ class VQLogitsConfig(PreTrainedConfig):
                 f"`final_logit_softcapping` must be positive and finite, or None, got {cap}."
             )
         self._validate_embeddings()
+        self._validate_refinement()
 
     def _validate_nested(self) -> None:
         nested = self.nested_codebooks
@@ -238,4 +252,27 @@ class VQLogitsConfig(PreTrainedConfig):
             raise ValueError(
                 "`embedding_codebooks` must be at least 1 with `embeddings` 'vq' (and is needed "
                 f"beside a head of index codes), got {terms}."
+            )
+
+    def _validate_refinement(self) -> None:
+        if not 0 <= self.refine_top_k <= self.vocab_size:
+            raise ValueError(
+                f"`refine_top_k` must lie between 0 and the vocabulary size {self.vocab_size}, got "
+                f"{self.refine_top_k}."
+            )
+        z = self.refine_deviations
+        if z is not None and not 0 <= z < math.inf:
+            raise ValueError(
+                "`refine_deviations` must be finite and not negative, or None for all candidates, "
+                f"got {z}."
+            )
+        if self.refine_with_embedding and self.embeddings != "keep":
+            raise ValueError(
+                "`refine_with_embedding` needs the dense input embedding, but `embeddings` is "
+                f"{self.embeddings!r}; use 'keep', or rows of its own."
+            )
+        if self.refine_top_k and self.nested_codebooks:
+            raise ValueError(
+                f"`refine_top_k` must be 0 beside `nested_codebooks` {self.nested_codebooks}, got "
+                f"{self.refine_top_k}: the errors of the logits are known for one size only."
             )

@@ -29,11 +29,12 @@ from .loading import (
     refuse_unexpected,
 )
 from .nested import check_stored
+from .refinement import Refinement, rows_of
 from .resizing import resized_codes, resized_embedding_codes, resized_vocabulary
 from .routing import router_loss
 from .tying import TiedCodesMixin
 
-HEAD_KEYS = [r"^lm_head\."]
+HEAD_KEYS = [r"^lm_head\.", r"^refinement\."]
 
 
 @dataclass
@@ -73,7 +74,7 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
         # All else belongs to the backbone, which initialises itself.
         if isinstance(module, VQLogitsModel):
             module = module.get_input_embeddings()
-        if isinstance(module, VQLogitsHead | VQEmbedding):
+        if isinstance(module, VQLogitsHead | VQEmbedding | Refinement):
             tensors = module.state_dict(keep_vars=True).values()
             loaded = (getattr(t, "_is_hf_initialized", False) for t in tensors)
             if not all(loaded):  # `initialization.copy_` leaves alone those that are
@@ -121,6 +122,9 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
         for module in coded.values():
             if not module.codes.is_meta:
                 module.check_codes()
+        refinement = getattr(model, "refinement", None)
+        if refinement is not None and refinement.weight is not None:
+            refinement.weight.requires_grad_(False)  # Transformers loads what can be trained
         if smaller is not None:
             model.keep_codebooks(smaller)
         return (model, info) if with_info else model
@@ -257,6 +261,7 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
         self.model = VQLogitsModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = VQLogitsHead(config)
+        self.refinement = Refinement(config) if config.refine_top_k else None
         if config.embeddings == "tied":
             self._tied_weights_keys = self.shared_names()
             self._fsdp_plan = {}  # head and embedding must lie in one unit, that of the whole
@@ -265,7 +270,8 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
         self.post_init()
         # Handed up by the base model, which loads without the head; here it has to fit.
         inherited = set(self._keys_to_ignore_on_load_unexpected or ())
-        self._keys_to_ignore_on_load_unexpected = inherited - set(HEAD_KEYS)
+        used = HEAD_KEYS if config.refine_top_k else HEAD_KEYS[:1]
+        self._keys_to_ignore_on_load_unexpected = inherited - set(used)
 
     def get_output_embeddings(self) -> VQLogitsHead:
         """The head. It has no `.weight`; `head.to_linear()` gives the dense one."""
@@ -284,6 +290,8 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
                 "one."
             )
         self.lm_head = new_embeddings
+        if self.refinement is not None:  # whose rule is of the errors of the old one
+            self.refinement.deviations = self.config.refine_deviations = None
         self.follow_parts()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -291,6 +299,11 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
 
         One whose `codebook` and `codes` are the head's own objects is tied to it.
         """
+        dense: Any = self.get_input_embeddings()
+        refinement = self.refinement
+        if refinement is not None and refinement.weight is None and isinstance(value, VQEmbedding):
+            refinement.weight = nn.Parameter(dense.weight.detach(), requires_grad=False)
+            self.config.refine_with_embedding = False
         self.model.set_input_embeddings(value)
         self.follow_parts()
 
@@ -319,6 +332,9 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
         **kwargs: Any,
     ) -> VQLogitsCausalLMOutput:
         """Run backbone and head.
+
+        With `refine_top_k` the largest logits are the dense layer's, in evaluation mode; the loss
+        is always the quantised head's.
 
         Args:
             input_ids: token ids (batch, positions).
@@ -370,7 +386,7 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
             loss = self._cross_entropy(hidden_states, shift_labels, num_items_in_batch)
             loss, aux_loss = self._with_router_loss(loss, outputs, attention_mask)
         if not skip_logits:
-            logits = self.lm_head(_kept_positions(hidden_states, logits_to_keep))
+            logits = self._logits(_kept_positions(hidden_states, logits_to_keep))
         return VQLogitsCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -379,6 +395,18 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
             attentions=outputs.get("attentions"),
             router_logits=outputs.get("router_logits"),
             aux_loss=aux_loss,
+        )
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        logits = self.lm_head(hidden_states)
+        if self.refinement is None or self.training:
+            return logits
+        rows = None
+        if self.refinement.weight is None:
+            embedding: Any = self.get_input_embeddings()
+            rows = rows_of(embedding.weight)
+        return self.refinement(
+            hidden_states, logits, rows=rows, postprocess=self.lm_head.postprocess
         )
 
     def _cross_entropy(
@@ -435,6 +463,9 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
             embedding = self.model.resize_token_embeddings(size, mean_resizing=mean_resizing)
         self.vocab_size = size
         self.lm_head.set_codes(codes)
+        if self.refinement is not None:
+            self.refinement.resize(size, *self.lm_head.to_linear())
+            self.config.refine_top_k = self.refinement.top_k
         self.config.num_fine_tokens = self.lm_head.num_fine_tokens
         if tied:
             self.lm_head.fine_codes, self.lm_head.fine_ids = (

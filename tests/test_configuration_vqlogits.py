@@ -47,6 +47,8 @@ def test_sizes_are_read_through_and_not_stored_twice(tmp_path):
         {"logit_scale": 2, "final_logit_softcapping": 30},
         {"embeddings": "vq", "embedding_codebooks": 77},
         {"embeddings": "tied", "tie_word_embeddings": True},
+        {"refine_top_k": 8, "refine_deviations": 2.5, "refine_with_embedding": True},
+        {"refine_top_k": 61, "refine_deviations": None, "embeddings": "vq"},
     ],
 )
 def test_survives_saving(tmp_path, fields):
@@ -142,6 +144,18 @@ def test_use_cache_is_the_backbones():
         (
             {"embeddings": "vq", "code_type": "index", "codebook_size": 9},
             "`embedding_codebooks` must be at least 1 .* beside a head of index codes.* got None",
+        ),
+        ({"refine_top_k": -1}, "`refine_top_k` must lie between 0 and .* 61, got -1"),
+        ({"refine_top_k": 62}, "`refine_top_k` must lie between 0 and .* 61, got 62"),
+        ({"refine_deviations": -0.5}, "`refine_deviations` must be finite and not .* got -0.5"),
+        ({"refine_deviations": float("nan")}, "`refine_deviations` must be finite .* got nan"),
+        (
+            {"refine_with_embedding": True, "embeddings": "tied"},
+            "`refine_with_embedding` needs the dense input embedding.*'tied'",
+        ),
+        (
+            {"refine_top_k": 4, "num_codebooks": 9, "nested_codebooks": [3]},
+            r"`refine_top_k` must be 0 beside `nested_codebooks` \[3\], got 4",
         ),
         ({"text_config": {"model_type": "t5"}}, "`text_config` must describe a decoder.*'t5'"),
     ],

@@ -199,6 +199,41 @@ def test_options_of_the_command_reach_the_report(
     assert "gpu" not in report["machine"]
 
 
+@pytest.mark.parametrize("embeddings", ["keep", "vq", "tied"])
+def test_the_best_logits_are_scored_again(
+    embeddings, tiny_folder, text_file, text, tokenizer, tmp_path, capsys
+):
+    words = [
+        *("--model", str(tiny_folder), "--output", str(tmp_path / "out"), "--bits", "3"),
+        *("--calibration-data", str(text_file), "--embeddings", embeddings),
+        *("--refine-top-k", "9", "--refine-agreement", "0.998"),
+    ]
+    assert main(words) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "best logits scored again: of the 9 best those within" in printed
+    stored = json.loads((tmp_path / "out" / "vq_report.json").read_text())
+    found, shared = stored["refinement"], embeddings == "keep"  # with the input embedding
+    assert found["bytes"] == 4 * (400 * 2 + (0 if shared else 400 * 32))
+    tensors = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert stored["model_bytes"]["after"] == sum(t.nbytes for t in tensors)
+    assert found["greedy_agreement"] > stored["greedy_agreement"]
+    assert 1 <= found["scored"] <= 9
+    assert stored["logit_seconds"]["refined"] > 0
+    assert "same most likely token" in (tmp_path / "out" / "README.md").read_text()
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.refinement.top_k == found["top_k"] == 9
+    assert model.refinement.deviations == found["deviations"] > 0
+    assert (model.refinement.weight is None) == shared
+    held_out = tokenize(split_lines(text, 0.8)[1], tokenizer, 25_000)
+    measured = perplexity(model, held_out, context=64)
+    assert found["perplexity"] == pytest.approx(measured.perplexity, rel=0.01)
+    if shared:
+        dense = perplexity(AutoModelForCausalLM.from_pretrained(tiny_folder), held_out, context=64)
+        assert found["greedy_agreement"] > 0.97
+        assert dense.tokens == measured.tokens
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_a_working_model(method, tiny_folder, text_file):
     report = convert_to_vq(
@@ -432,6 +467,15 @@ def test_push_to_hub_uploads_the_output_folder(tiny_folder, text_file, tmp_path,
         ({"dtype": "int8"}, "`dtype` 'int8' is no type that a model can be computed in"),
         ({"seed": 2**31}, "`seed` must be at most 2147483647, got 2147483648"),
         ({"gguf_file": "missing.gguf"}, "cannot be loaded"),
+        ({"refine_top_k": -1}, "`refine_top_k` must be at least 0, got -1"),
+        ({"refine_top_k": 401}, "`refine_top_k` must be at most 400, got 401"),
+        (
+            {"refine_top_k": 4, "refine_agreement": 0.0},
+            "`refine_agreement` must lie above 0 .* 0.0",
+        ),
+        ({"refine_top_k": 4, "refine_agreement": 1.5}, "`refine_agreement` .* at most 1, got 1.5"),
+        ({"refine_agreement": 0.5}, "`refine_agreement` 0.5 needs `refine_top_k`"),
+        ({"refine_top_k": 4, "nested": [0.9, 0.8]}, "`refine_top_k` 4 does not go with `nested`"),
     ],
 )
 def test_bad_options(options, message, tiny_folder, text_file):

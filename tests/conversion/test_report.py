@@ -7,15 +7,8 @@ from rich.console import Console
 
 from hf_vqlogits.conversion.card import model_card, plot
 from hf_vqlogits.conversion.coverage import TextCoverage
-from hf_vqlogits.conversion.report import (
-    Candidate,
-    ConversionReport,
-    LadderRung,
-    NestedRung,
-    megabytes,
-    milliseconds,
-    ratio,
-)
+from hf_vqlogits.conversion.report import ConversionReport
+from hf_vqlogits.conversion.size_tables import Candidate, LadderRung, NestedRung
 
 
 @pytest.fixture
@@ -433,12 +426,48 @@ def test_plot_draws_a_point_for_every_rung(report, rung, drawn, tmp_path):
     assert [list(label.xy) for label in axis.texts] == points
 
 
-def test_units():
-    assert megabytes(154_389_504) == "154.4 MB"
-    assert megabytes(1_500) == "1.5 kB"
-    assert [milliseconds(s) for s in (0.00012345, 0.9994, 12.5)] == [
-        "0.123 ms",
-        "999 ms",
-        "12,500 ms",
+@pytest.fixture
+def of_refined_logits(report):
+    report.refinement = {
+        "top_k": 64,
+        "deviations": 2.5,
+        "bytes": 402_056,
+        "perplexity": 30.3,
+        "greedy_agreement": 0.99912,
+        "scored": 5.25,
+        "certified": 0.125,
+    }
+    report.logit_seconds["refined"] = 5e-4
+    return report
+
+
+def test_what_scoring_again_does_is_told_everywhere(of_refined_logits):
+    console = Console(width=120, record=True)
+    of_refined_logits.print(console)
+    text, card = console.export_text(), model_card(of_refined_logits)
+    for told in (
+        "0.4 MB",
+        "99.91%",
+        "30.30 (x1.010)",
+        "0.5 ms (10x / 8x faster)",
+        "of the 64 best those within 2.50 deviations of the errors: 5.2 tokens a position",
+        "at 12.5% of positions",
+    ):
+        assert told in text, told
+        assert told in card, told
+
+
+def test_a_rule_that_scores_all_candidates(of_refined_logits):
+    of_refined_logits.refinement["deviations"] = None
+    facts = dict(of_refined_logits.facts())
+    assert facts["best logits scored again"].startswith("of the 64 best: 5.2 tokens")
+    assert json.loads(of_refined_logits.to_json())["refinement"]["deviations"] is None
+
+
+def test_refined_logits_without_text_or_times(of_refined_logits):
+    of_refined_logits.perplexity, of_refined_logits.logit_seconds = None, {}
+    names = [name for name, _, _ in of_refined_logits.rows()]
+    assert names[-2:] == [
+        "with the best logits scored again: bytes added",
+        "same most likely token",
     ]
-    assert ratio(3, 3, "less", "more") == "1x less"
