@@ -11,7 +11,7 @@ The texts are read from `--data`: `wikitext2/valid.txt` (the WikiText-2 validati
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,10 @@ class Case:
             text: compare_heads(states, self.parts.logits, heads)
             for text, states in self._states.items()
         }
+
+    def hidden(self, text: str) -> Iterator[Tensor]:
+        """Hidden states (n, d) of a text by which heads are judged, in batches."""
+        return (hidden for hidden, _ in self._states[text])
 
     @cached_property
     def _states(self) -> dict[str, list[tuple[Tensor, Tensor]]]:

@@ -32,10 +32,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hf_vqlogits.conversion.calibration import CalibrationStatistics
 from hf_vqlogits.conversion.metric import token_metric
 from hf_vqlogits.conversion.quantise import Quantiser
 
+from .calibrated import calibrated
 from .peers.catalogue import FAMILIES, OURS
 from .peers.layer import Compressed, Layer, UnavailableError
 from .protocol import MODELS, Case, load_case
@@ -79,20 +79,9 @@ def measure(
     if not missing:
         return []
     quantiser = Quantiser(parts, case.corpus(), seed, show_progress=True)
-
-    def calibrate() -> dict[str, Any]:
-        with quantiser.timed("calibration"):
-            statistics = quantiser.calibrate()
-        return {"statistics": vars(statistics), "seconds": quantiser.seconds["calibration"]}
-
-    calibration = work.tensors(f"{case.name}-calibration", calibrate)
-    statistics = CalibrationStatistics(**calibration["statistics"])
+    statistics, told = calibrated(case, quantiser, work)
     layer = Layer(case, quantiser, statistics)
     bounds = sources(token_metric(layer.weight, statistics))
-    told = {
-        "calibration_seconds": calibration["seconds"],
-        "calibration_tokens": case.calibration.numel(),
-    }
     skipped: list[dict[str, str]] = []
     for peer in missing:
         try:

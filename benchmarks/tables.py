@@ -181,6 +181,32 @@ def speed() -> str:
     return table(header, map(cells, results("speed")["rows"]))
 
 
+def refined() -> str:
+    """What scoring the best logits again does to one model; nothing where it is not measured."""
+    if not (RESULTS / "refined.json").exists():
+        return ""
+    rows = [row for row in results("refined")["rows"] if row["model"] == "smollm2"]
+    texts = list(rows[0]["texts"])
+    both = " / ".join(texts)
+    header = (
+        f"T | same most likely token, {both} | tokens scored | certain | factor | one row | "
+        "faster than float32 / bfloat16"
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        figures = [row["texts"][text] for text in texts]
+        plain = row["scored_again"] == "none"
+        yield "" if plain else row["scored_again"].removeprefix("T = ")
+        yield " / ".join(f"**{one['greedy_agreement']:.2%}**" for one in figures)
+        yield "" if plain else " / ".join(f"{one['scored']:.1f}" for one in figures)
+        yield "" if plain else " / ".join(f"{one['certified']:.1%}" for one in figures)
+        yield precise(row["factor"])
+        yield f"{row['milliseconds']:.2f} ms"
+        yield f"{row['faster_than_float32']:.1f}x / {row['faster_than_bfloat16']:.1f}x"
+
+    return table(header, map(cells, rows))
+
+
 def gru_svm() -> str:
     """GRU-SVM beside GRU-softmax and others; nothing where they are not measured."""
     if not (RESULTS / "gru_svm.json").exists():
@@ -236,6 +262,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "finetuning": finetuning,
     "finetuned": finetuned,
     "speed": speed,
+    "refined": refined,
     "gru-svm": gru_svm,
     "gru-svm claims": gru_svm_claims,
 }

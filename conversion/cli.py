@@ -136,8 +136,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         type=float,
         default=REFINE_AGREEMENT,
-        help="share of the positions where the dense layer's choice is to be among them; fewer are "
-        f"scored for a smaller one; default {REFINE_AGREEMENT}",
+        help="share of the positions where the dense layer's most likely token is to be found; "
+        f"fewer tokens are scored for a smaller one; default {REFINE_AGREEMENT}",
     )
     p.add_argument("--ladder", action="store_true", help="compare fits at 99.5, 99, 98 and 96%%")
     p.add_argument("--device", help="default: a GPU when there is one")

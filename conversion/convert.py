@@ -131,7 +131,8 @@ def convert_to_vq(
             layer, which stay in the model for it (in tied models with `embeddings` `"keep"` they
             are the input embedding's); 0 for none. Not with `nested`.
         refine_agreement: share of the positions of text that the head was not trained on where the
-            dense layer's choice is to be among those scored; fewer are scored for a smaller one.
+            dense layer's most likely token is to be found; fewer tokens are scored for a smaller
+            one.
         ladder: compare 99.5, 99, 98 and 96% on the evaluation text (signs, with `embeddings`
             `"keep"`). It shows the fit alone: `distill_steps` train the head that is written and
             none of these.

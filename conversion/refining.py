@@ -42,24 +42,28 @@ class LogitErrors:
 
 
 def logit_errors(
-    metric: TokenMetric, head: VQLogitsHead, probability: Tensor, *, shift_invariant: bool
+    parts: SourceParts, metric: TokenMetric, head: VQLogitsHead, probability: Tensor
 ) -> LogitErrors:
     """Errors of a head's output vectors.
 
     Args:
-        metric: of the dense layer.
-        head: its substitute.
+        parts: the source.
+        metric: of its dense layer.
+        head: the substitute.
         probability: (V,), how much of it each token has on the calibration text, in any unit.
-        shift_invariant: a constant added to all logits changes nothing.
     """
     weight, bias = (part.float() for part in head.to_linear())
-    error = metric.whitened_form(weight, bias).sub_(metric.rows)
+    weight -= parts.weight
+    if parts.bias is not None:
+        bias -= parts.bias
+    error = metric.whitened_form(weight, bias)
     share = (probability / probability.sum()).to(error)
-    common = share @ error if shift_invariant else error.new_zeros(error.shape[1])
+    free = parts.transform.softcap is None  # else a constant added to all logits is not
+    common = share @ error if free else error.new_zeros(error.shape[1])
     error -= common
     square = error.square().sum(1)
     along = (error * metric.context).sum(1).square()
-    scale = head.logit_scale
+    scale = parts.transform.scale
     return LogitErrors(scale * (square + along).sqrt(), scale * square.sqrt(), scale * common)
 
 
@@ -129,21 +133,23 @@ class FittedRefinement:
     def _count(self, parts: SourceParts, head: VQLogitsHead, hidden: Tensor) -> tuple[int, int]:
         """Tokens scored again, and positions certified, of hidden states (n, d)."""
         own = hidden.to(head.codebook.dtype)
-        logits = head(own)
-        values, tokens = logits.topk(self.refinement.top_k)
-        within = self.refinement.within(values, tokens)
-        exact = self.refinement.rescore(
-            own, values, tokens, rows=rows_of(parts.weight), postprocess=head.postprocess
-        )
-        best = exact.masked_fill(~within, -math.inf).amax(-1).float()
+        quantised = head(own).float() - self.refinement.offset(hidden)
+        tokens = quantised.topk(self.refinement.top_k).indices
+        refined = self.logits(parts, head)(own).float()
+        best = refined.gather(1, tokens).amax(-1, keepdim=True)
+        scored = torch.zeros_like(quantised, dtype=torch.bool)
+        z = self.refinement.deviations
+        if z is None:
+            scored.scatter_(1, tokens, True)
+        else:
+            possible = quantised + z * self.refinement.error.float() >= best
+            scored.scatter_(1, tokens, possible.gather(1, tokens))
         x = (hidden.float() - self.metric.mean) @ self.metric.unwhiten.T
         x = torch.nn.functional.pad(x, (0, 1), value=1.0)
         # A soft-cap makes differences smaller, never larger.
-        most = logits.float() - (x @ self.errors.common)[:, None]
-        most += self.errors.length * x.norm(dim=1, keepdim=True)
-        rescored = torch.zeros_like(most, dtype=torch.bool).scatter_(1, tokens, within)
-        others = most.masked_fill_(rescored, -math.inf).amax(-1)
-        return int(within.sum()), int((others < best).sum())
+        most = quantised + self.errors.length * x.norm(dim=1, keepdim=True)
+        others = most.masked_fill_(scored, -math.inf).amax(-1, keepdim=True)
+        return int(scored.sum()), int((others < best).sum())
 
 
 def fit_refinement(
@@ -167,15 +173,15 @@ def fit_refinement(
             are scored.
         agreement: share of their positions where the dense layer's choice shall be scored again.
     """
-    errors = logit_errors(
-        metric, head, statistics.probability, shift_invariant=statistics.shift_invariant
-    )
+    errors = logit_errors(parts, metric, head, statistics.probability)
     with torch.device("meta"):
         refinement = Refinement(config)
     if refinement.weight is not None:
         refinement.weight = torch.nn.Parameter(parts.weight, requires_grad=False)
     bias = parts.weight.new_zeros(len(parts.weight)) if parts.bias is None else parts.bias
     refinement.bias, refinement.error = bias.float(), errors.deviation.to(bias.device)
+    vector, offset = metric.product_form(errors.common[None])
+    refinement.common, refinement.common_bias = vector[0].to(bias.device), offset.to(bias.device)
     found = [_distance_of_choice(parts, head, refinement, hidden) for hidden in batches]
     refinement.deviations = deviations_for(torch.cat(found), agreement) if found else None
     return FittedRefinement(refinement, metric, errors)
@@ -185,13 +191,19 @@ def fit_refinement(
 def _distance_of_choice(
     parts: SourceParts, head: VQLogitsHead, refinement: Refinement, hidden: Tensor
 ) -> Tensor:
-    """How far below the best logit the dense layer's choice lies, (n,); infinite below the T-th."""
+    """By how many deviations the quantised logit of the dense layer's choice is too small, (n,).
+
+    Not below 0, and infinite where it is no candidate.
+    """
     found = []
     for some in hidden.split(CHUNK_ROWS):
-        wanted = parts.raw_logits(some.to(parts.weight.dtype)).argmax(-1, keepdim=True)
+        dense = parts.logits(some.to(parts.weight.dtype)).float()
+        best, choice = dense.max(-1, keepdim=True)
         values, tokens = head.topk(some.to(head.codebook.dtype), refinement.top_k)
-        distance = refinement.distance(values, tokens)
-        found.append(distance.masked_fill(tokens != wanted, math.inf).amin(-1))
+        less = best - (values - refinement.offset(some))
+        error = refinement.error[tokens].clamp_min(torch.finfo(torch.float32).tiny)
+        distance = (less / error).clamp_min(0.0).masked_fill(tokens != choice, math.inf)
+        found.append(distance.amin(-1))
     return torch.cat(found)
 
 
@@ -199,7 +211,8 @@ def deviations_for(distances: Tensor, agreement: float) -> float | None:
     """The least z with which the dense layer's choice is scored again at a share of positions.
 
     Args:
-        distances: (N,) of that choice, in deviations; infinite where it is no candidate.
+        distances: (N,), by how many deviations that choice's quantised logit is too small;
+            infinite where it is no candidate.
         agreement: the share, above 0 and at most 1.
 
     Returns:

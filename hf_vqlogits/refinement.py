@@ -1,9 +1,9 @@
 """Nearly exact decoding: quantised logits choose candidates, rows of the dense layer score them.
 
-The quantised logits of a position are wrong by some error, whose deviation s_v over the text where
-token v is likely is known since the conversion. A token whose logit lies far below the best one,
-measured by the errors of both, cannot be the dense layer's choice; the few others are scored again
-by their own rows of the dense weight, which costs T rows of it where the dense layer reads V.
+The quantised logit q_v of token v is wrong by some error, whose deviation s_v over the text where v
+is likely is known since the conversion. Once the best candidates are scored by their own rows of
+the dense weight, a token with q_v + z s_v below the best of these scores is unlikely to be the
+dense layer's choice, z being fitted on text. It costs T rows where the dense layer reads V.
 """
 
 from collections.abc import Callable
@@ -42,12 +42,15 @@ class Refinement(nn.Module):
 
     Attributes:
         top_k: T, candidates of a position at most.
-        deviations: z. Of the T tokens of the largest quantised logits q, those are scored again for
-            which q_best - q_v <= z sqrt(s_best^2 + s_v^2); None scores all of them.
+        deviations: z. Of the T tokens of the largest quantised logits q, those keep the dense
+            layer's score l for which q_v + z s_v >= max l; None keeps all of them.
         weight: parameter (V, d) without gradient, the dense weight; None where it is the input
             embedding's, whose rows are then handed in.
         bias: buffer (V,), the dense layer's, zero where it has none.
         error: buffer (V,), s_v, deviation of the error of a token's final logit.
+        common: buffer (d,), what the errors of all tokens have in common is common . h +
+            common_bias: a constant that softmax does not see, but dense scores lack.
+        common_bias: buffer (1,).
 
     Args:
         config: a [`VQLogitsConfig`], or any object with the fields of [`RefinementConfig`].
@@ -55,6 +58,8 @@ class Refinement(nn.Module):
 
     bias: Tensor
     error: Tensor
+    common: Tensor
+    common_bias: Tensor
 
     def __init__(self, config: RefinementConfig):
         super().__init__()
@@ -65,13 +70,15 @@ class Refinement(nn.Module):
             self.weight = nn.Parameter(rows, requires_grad=False)
         self.register_buffer("bias", torch.empty(config.vocab_size))
         self.register_buffer("error", torch.empty(config.vocab_size))
+        self.register_buffer("common", torch.empty(config.hidden_size))
+        self.register_buffer("common_bias", torch.empty(1))
 
     def initial_tensors(self) -> dict[str, Tensor]:
         """Tensors of a refinement that is to be filled, by name: rows like those of a new layer."""
-        zeros = {name: torch.zeros(len(self.error), device="cpu") for name in ("bias", "error")}
+        buffers = {name: torch.zeros(b.shape, device="cpu") for name, b in self.named_buffers()}
         if self.weight is None:
-            return zeros
-        return {"weight": 0.02 * torch.randn(self.weight.shape, device="cpu"), **zeros}
+            return buffers
+        return {"weight": 0.02 * torch.randn(self.weight.shape, device="cpu"), **buffers}
 
     def forward(
         self,
@@ -81,7 +88,7 @@ class Refinement(nn.Module):
         rows: Rows | None = None,
         postprocess: Callable[[Tensor], Tensor] = lambda raw: raw,
     ) -> Tensor:
-        """Logits with those of the candidates replaced by the dense layer's.
+        """Logits on the dense layer's scale, those of the candidates by the dense layer itself.
 
         Args:
             hidden_states: (..., d).
@@ -95,11 +102,19 @@ class Refinement(nn.Module):
         Raises:
             ValueError: there are no rows: none of its own and none handed in, or offloaded ones.
         """
-        values, tokens = logits.detach().topk(self.top_k)
-        exact = self.rescore(hidden_states, values, tokens, rows=rows, postprocess=postprocess)
+        offset = self.offset(hidden_states).to(logits.dtype)
+        shifted = logits - offset if torch.is_grad_enabled() else logits.sub_(offset)
+        values, tokens = shifted.detach().topk(self.top_k)
+        exact = self._rescore(hidden_states, values, tokens, rows, postprocess)
         if torch.is_grad_enabled():
-            return logits.scatter(-1, tokens, exact.to(logits.dtype))
-        return logits.scatter_(-1, tokens, exact.to(logits.dtype))
+            return shifted.scatter(-1, tokens, exact)
+        return shifted.scatter_(-1, tokens, exact)
+
+    def offset(self, hidden_states: Tensor) -> Tensor:
+        """What all quantised logits have more than the dense ones, (..., d) -> (..., 1)."""
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)  # other sums, other digits
+        common, bias = self.common.to(wide), self.common_bias.to(wide)
+        return (hidden_states.to(wide) @ common).unsqueeze(-1) + bias
 
     def rescore(
         self,
@@ -110,7 +125,7 @@ class Refinement(nn.Module):
         rows: Rows | None = None,
         postprocess: Callable[[Tensor], Tensor] = lambda raw: raw,
     ) -> Tensor:
-        """The dense layer's logits of candidates that [`VQLogitsHead.topk`] found.
+        """Logits, on the dense layer's scale, of candidates that [`VQLogitsHead.topk`] found.
 
         Args:
             hidden_states: (..., d).
@@ -120,11 +135,23 @@ class Refinement(nn.Module):
             postprocess: from raw to final logits.
 
         Returns:
-            Logits (..., T), no longer in order; those outside of the rule are as they were.
+            Logits (..., T), no longer in order: the dense layer's, or outside of the rule the
+            quantised ones, none of which is above the best dense one.
 
         Raises:
             ValueError: there are no rows: none of its own and none handed in, or offloaded ones.
         """
+        values = values - self.offset(hidden_states).to(values.dtype)
+        return self._rescore(hidden_states, values, tokens, rows, postprocess)
+
+    def _rescore(
+        self,
+        hidden_states: Tensor,
+        values: Tensor,
+        tokens: Tensor,
+        rows: Rows | None,
+        postprocess: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         rows = rows if self.weight is None else rows_of(self.weight)
         if rows is None:
             raise ValueError(
@@ -132,26 +159,17 @@ class Refinement(nn.Module):
                 "embedding's."
             )
         chosen = tokens.flatten(0, -2) if tokens.dim() > 1 else tokens.unsqueeze(0)
+        if not len(chosen):
+            return values
         hidden = hidden_states.reshape(len(chosen), hidden_states.shape[-1])
         at_once = max(1, CHUNK_BYTES // (4 * chosen.shape[1] * hidden.shape[1]))
         parts = zip(hidden.split(at_once), chosen.split(at_once), strict=True)
-        if not len(chosen):
-            return values
         raw = torch.cat([_raw_logits(rows, self.bias, h, c) for h, c in parts])
         exact = postprocess(raw.view(values.shape)).to(values.dtype)
-        return torch.where(self.within(values, tokens), exact, values)
-
-    def within(self, values: Tensor, tokens: Tensor) -> Tensor:
-        """Which candidates the rule scores again, bool (..., T); the arguments of `rescore`."""
         if self.deviations is None:
-            return torch.ones_like(values, dtype=torch.bool)
-        return self.distance(values, tokens) <= self.deviations
-
-    def distance(self, values: Tensor, tokens: Tensor) -> Tensor:
-        """How far candidates lie below the best one, in deviations of both errors, (..., T)."""
-        error = self.error[tokens].float()
-        both = torch.hypot(error[..., :1], error).clamp_min(torch.finfo(torch.float32).tiny)
-        return (values[..., :1] - values).float() / both
+            return exact
+        possible = values + self.deviations * self.error[tokens].to(values.dtype)
+        return torch.where(possible >= exact.amax(-1, keepdim=True), exact, values)
 
     @torch.no_grad()
     def resize(self, new_size: int, weight: Tensor, bias: Tensor) -> None:

@@ -17,6 +17,7 @@ from hf_vqlogits.refinement import Refinement, rows_of
 
 D, V, T = 6, 40, 7
 OWN = {"refine_top_k": T, "num_fine_tokens": 8}
+BUFFERS = ("bias", "error", "common", "common_bias")
 SHARED = OWN | {"refine_with_embedding": True}
 
 
@@ -70,32 +71,42 @@ def test_the_best_are_scored_by_the_dense_layer(
     with torch.no_grad():
         refined = refinement(hidden, logits, rows=rows, postprocess=capped)
     assert refined is logits  # in place
-    replaced = 0
+    scored = 0
     for place in itertools.product(*map(range, shape)):
-        dense = capped(hidden[place].double() @ weight.double().T + refinement.bias)
-        wanted = given[place].double()
-        best = int(wanted.argmax())
-        for token in wanted.argsort(descending=True)[:T].tolist():
-            errors = refinement.error[[best, token]].double().norm()
-            if deviations is None or given[place][best] - given[place][token] <= (
-                deviations * errors
-            ):
+        h = hidden[place].double()
+        dense = capped(h @ weight.double().T + refinement.bias.double())
+        wanted = given[place].double() - (h @ refinement.common.double() + refinement.common_bias)
+        best = wanted.argsort(descending=True)[:T].tolist()
+        largest = max(float(dense[token]) for token in best)
+        for token in best:
+            reach = float(wanted[token] + (deviations or 0) * refinement.error[token])
+            if deviations is None or reach >= largest:
                 wanted[token] = dense[token]
-                replaced += 1
-        torch.testing.assert_close(refined[place].double(), wanted, atol=1e-6, rtol=1e-5)
-    assert replaced == T * math.prod(shape) or (deviations and replaced >= math.prod(shape))
+                scored += 1
+        torch.testing.assert_close(refined[place].double(), wanted, atol=1e-5, rtol=1e-5)
+    assert scored == T * math.prod(shape) if deviations is None else scored > 0
 
 
-def test_the_rule_looks_further_where_errors_are_larger(logits):
-    refinement = make_refinement(deviations=1.0)
-    values, tokens = logits.topk(T)
+def test_no_quantised_logit_is_above_the_best_dense_one(hidden, logits):
+    refinement = make_refinement(deviations=0.1)
+    dense = hidden @ refinement.weight.T + refinement.bias
+    tokens = logits.topk(T).indices
+    refined = refinement(hidden, logits)
+    best = dense.gather(-1, tokens).amax(-1)
+    assert (refined.gather(-1, tokens) <= best[..., None] + 1e-6).all()
+
+
+def test_the_rule_looks_further_where_errors_are_larger(hidden, logits):
     counts = []
+    tokens = logits.topk(T).indices
     for factor in (0.0, 0.1, 0.5, 2.0, 1e6):
-        refinement.error = factor * make_refinement().error
-        counts.append(int(refinement.within(values, tokens).sum()))
-    assert counts[0] == 10  # without errors the best ones alone
+        refinement = make_refinement(deviations=1.0)
+        refinement.error *= factor
+        quantised = logits - refinement.offset(hidden)
+        refined = refinement(hidden, logits)
+        counts.append(int((refined != quantised).gather(-1, tokens).sum()))
     assert counts == sorted(counts)
-    assert counts[-1] == 10 * T
+    assert counts[0] < counts[2] < counts[-1] == 10 * T
 
 
 def test_gradients_reach_the_hidden_states_through_exact_and_quantised_logits(hidden, logits):
@@ -110,6 +121,7 @@ def test_gradients_reach_the_hidden_states_through_exact_and_quantised_logits(hi
     assert refinement.weight.grad is None
     assert torch.equal(logits, given)
     assert set(logits.grad.flatten().tolist()) == {0.0, 1.0}
+    assert int((logits.grad == 0).sum()) == 10 * T
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -171,6 +183,7 @@ def test_the_largest_logits_are_the_dense_ones(make_model, ids, family, fields):
     hidden = model.model(ids).last_hidden_state
     quantised = model.lm_head(hidden)
     tokens = quantised.topk(T).indices
+    quantised = quantised - model.refinement.offset(hidden)
     wanted = quantised.scatter(-1, tokens, dense_logits(model, ids).gather(-1, tokens))
     torch.testing.assert_close(model(ids).logits, wanted)
     last = model(ids, logits_to_keep=1).logits
@@ -200,13 +213,13 @@ def test_all_candidates_make_greedy_decoding_that_of_the_dense_model(make_model,
 @pytest.mark.parametrize("fields", [OWN, SHARED], ids=["own rows", "the embedding's"])
 def test_saved_and_loaded(make_model, ids, tmp_path, fields):
     model = make_model("llama", refine_deviations=1.5, **fields)
-    nn.init.normal_(model.refinement.bias)
-    nn.init.uniform_(model.refinement.error)
+    for buffer in model.refinement.buffers():
+        nn.init.uniform_(buffer)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         saved = {name for name in file.keys() if name.startswith("refinement")}
     own = {"refinement.weight"} if fields is OWN else set()
-    assert saved == own | {"refinement.bias", "refinement.error"}
+    assert saved == own | {f"refinement.{name}" for name in BUFFERS}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     weight = loaded.refinement.weight
@@ -217,14 +230,15 @@ def test_saved_and_loaded(make_model, ids, tmp_path, fields):
     quantised = plain(ids).logits
     assert torch.equal(quantised, model.lm_head(model.model(ids).last_hidden_state))
     fewer = AutoModelForCausalLM.from_pretrained(tmp_path, refine_top_k=1, refine_deviations=None)
-    assert int((fewer(ids).logits != quantised).sum()) == ids.numel()
+    shifted = quantised - model.refinement.offset(model.model(ids).last_hidden_state)
+    assert int((fewer(ids).logits != shifted).sum()) == ids.numel()
     body = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(body(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
 def test_a_checkpoint_without_the_rows_is_refused(make_model, tmp_path):
     make_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks refinement\.bias, refinement\.error, refinement"):
+    with pytest.raises(ValueError, match=r"lacks refinement\.bias, refinement\.common, "):
         AutoModelForCausalLM.from_pretrained(tmp_path, refine_top_k=3)
 
 

@@ -1,0 +1,127 @@
+"""What scoring the best quantised logits again by dense rows does: the dense layer's own choices.
+
+    python -m benchmarks.refined --work FOLDER --output benchmarks/results/refined.json
+
+For several T (`refine_top_k`): how often the most likely token is the dense layer's on text kept
+out of the fit, how many tokens a position are scored again by the rule fitted to 99.9%, at how many
+positions a bound on any error makes the token certain, and the time of one row's logits beside the
+dense layers, in turns in one run. The head is fitted by the project's protocol and not distilled.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_vqlogits.conversion.convert import REFINE_AGREEMENT
+from hf_vqlogits.conversion.quantise import Quantiser
+from hf_vqlogits.conversion.refining import FittedRefinement
+from hf_vqlogits.conversion.sizes import choose_size
+from hf_vqlogits.conversion.timing import logit_times
+
+from .calibrated import calibrated
+from .models import fit_head
+from .protocol import MODELS, Case, load_case
+from .record import record, score_of, write
+from .work_folder import WorkFolder
+
+CANDIDATES = (4, 16, 64, 256)
+NONE = "none"
+
+
+def measure(case: Case, work: WorkFolder, *, reduction: float, seed: int) -> list[dict[str, Any]]:
+    """One row of figures for each T of `CANDIDATES`, and the first without."""
+    quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
+    statistics, told = calibrated(case, quantiser, work)
+    vocab_size, hidden_size = case.parts.weight.shape
+    size = choose_size(
+        "signs", vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction
+    )
+    head = fit_head(quantiser, "signs", size, statistics)
+    fitted: dict[str, FittedRefinement] = {
+        f"T = {top_k}": quantiser.refine(
+            head,
+            size,
+            statistics,
+            top_k=top_k,
+            agreement=REFINE_AGREEMENT,
+            with_embedding=case.parts.tied,
+        )
+        for top_k in CANDIDATES
+        if top_k <= vocab_size
+    }
+    layers = {name: one.logits(case.parts, head) for name, one in fitted.items()}
+    scores = case.judge({NONE: head, **layers})
+    times = logit_times(case.parts.weight, case.parts.bias, head, layers)
+    rows = []
+    for name in (NONE, *fitted):
+        seconds = times["quantised" if name == NONE else name]
+        row: dict[str, Any] = {"model": case.name, "reduction": reduction, "scored_again": name}
+        row |= told | score_of(scores, name) | {"milliseconds": 1e3 * seconds}
+        for dtype in ("float32", "bfloat16"):
+            row[f"faster_than_{dtype}"] = times[f"dense_{dtype}"] / seconds
+        if name != NONE:
+            one = fitted[name]
+            row["deviations"] = one.refinement.deviations
+            for text, figures in row["texts"].items():
+                figures |= vars(one.judge(case.parts, head, case.hidden(text)))
+        rows.append(row)
+    return rows
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the rows."""
+    table = Table()
+    for column in ("model", "scored again", "factor", "same token", "scored", "certain"):
+        table.add_column(column)
+    for column in ("one row, ms", "faster than float32 / bfloat16"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        texts = row["texts"].values()
+        table.add_row(
+            f"{row['model']}, {row['reduction']:.0%}",
+            row["scored_again"],
+            f"x{row['factor']:.4f}",
+            " / ".join(f"{text['greedy_agreement']:.2%}" for text in texts),
+            " / ".join(f"{text['scored']:.1f}" for text in texts if "scored" in text),
+            " / ".join(f"{text['certified']:.1%}" for text in texts if "certified" in text),
+            f"{row['milliseconds']:.3f}",
+            f"{row['faster_than_float32']:.1f}x / {row['faster_than_bfloat16']:.1f}x",
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def main() -> None:
+    """Measure, write and print."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--data", type=Path, default=Path("../shared/data"))
+    p.add_argument("--models", type=Path, default=Path("../shared/models"))
+    p.add_argument("--only", choices=MODELS, help="one of the models")
+    p.add_argument("--param-reduction", type=float, default=0.99)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--quick", action="store_true", help="a twentieth of the text")
+    p.add_argument("--work", type=Path, help="folder of the statistics; default none are kept")
+    p.add_argument("--output", type=Path, required=True)
+    options = p.parse_args()
+    rows: list[dict[str, Any]] = []
+    result = record("refined", quick=options.quick, seed=options.seed, rows=rows)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"seed": options.seed, "quick": options.quick}
+        try:
+            work = WorkFolder(options.work or Path(folder), settings)
+        except ValueError as error:
+            p.error(str(error))
+        for name in [options.only] if options.only else MODELS:
+            case = load_case(name, options.data, options.models, quick=options.quick)
+            rows += measure(case, work, reduction=options.param_reduction, seed=options.seed)
+            write(result, options.output)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
