@@ -1,106 +1,212 @@
-"""Time of the logits beside the dense layer, on random tensors of a real shape.
+"""Time of the logits beside the dense layer and other peers, on random tensors of real shapes.
 
     python -m benchmarks.speed --output benchmarks/results/speed.json
 
-Each figure is the median of calls taken in turns with the dense layer's, in one run, given twice:
-`warm`, each call after five of its own, so that the caches hold what fits in them, and `cold`,
-after 512 MB of other memory was read, as in `generate` the rest of the model is. Before it is
-timed, the head's output is compared with the exact sum.
+Each figure is the median of calls taken in turns with the others', in one run, given twice: `warm`,
+each call after five of its own, so that the caches hold what fits in them, and `cold`, after 512 MB
+of other memory was read, as in `generate` the rest of the model is. Before it is timed, the output
+of every call is checked. Beside each figure of ours stands what no kernel can go below on the
+machine: the bytes that must move at the rate at which memory is read, and the look-ups at the rate
+at which the processor permutes registers, both measured in the run. A plot beside the results shows
+how the times grow with vocabulary, rows, bits and threads.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GPT2Config
 
 from hf_vqlogits import VQLogitsConfig, VQLogitsHead
 from hf_vqlogits.conversion.sizes import DEFAULT_FINE_SHARE
 from hf_vqlogits.conversion.timing import paired_medians
+from hf_vqlogits.ops import cpu
 
+from . import speed_peers as peers
+from .limits import Rates, lookups, measured_rates
 from .record import record, write
+from .speed_plot import plot
 
-VOCAB_SIZE, HIDDEN_SIZE = 50_257, 768
-ROWS = (1, 8, 64)
 WARM_CALLS = 5
 OTHER_BYTES = 512 << 20
-FINE_TOKENS = int(DEFAULT_FINE_SHARE * VOCAB_SIZE)  # have a second code, as the converter makes it
-REDUCTIONS = {0.995: 250, 0.99: 501, 0.98: 1003}  # share saved: bits a token
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is timed.
+
+    Attributes:
+        vocab_size: V.
+        hidden_size: d.
+        bits: R.
+        rows: N.
+        threads: of PyTorch; None leaves it.
+        beside: other peers than the dense layers as well.
+    """
+
+    vocab_size: int = 50_257
+    hidden_size: int = 768
+    bits: int = 500
+    rows: int = 1
+    threads: int | None = None
+    beside: bool = False
+
+
+POINTS = (
+    *(Point(rows=n, bits=r, beside=r == 500) for n in (1, 8, 64) for r in (250, 500, 1000)),
+    *(Point(262_144, 640, bits=r) for r in (900, 2600)),  # the shape of Gemma 3 270M
+)
+SCALING = {
+    "vocab_size": [Point(vocab_size=v << 10) for v in (32, 64, 128, 256, 512, 1024)],
+    "rows": [Point(rows=n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)],
+    "bits": [Point(bits=r) for r in (125, 250, 500, 1000, 2000, 4000)],
+    "threads": [],  # as many as the machine has, see `scaling_points`
+}
+QUICK = (Point(vocab_size=5_000, hidden_size=128, bits=100, beside=True),)
 
 
 @torch.no_grad()
-def measure(rows: int, bits: int, *, seed: int) -> dict[str, Any]:
-    """Median milliseconds and ratios for so many rows of hidden states."""
-    generator = torch.Generator().manual_seed(seed)
-    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=HIDDEN_SIZE)
+def measure(point: Point, rates: Rates, *, seed: int) -> dict[str, Any]:
+    """Median milliseconds of every call, warm and cold, and the limits of ours."""
+    with _threads(point.threads):
+        return _measure(point, rates, seed)
+
+
+def _measure(point: Point, rates: Rates, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
+    fine_tokens = int(DEFAULT_FINE_SHARE * point.vocab_size)  # as the converter makes them
+    config = GPT2Config(
+        vocab_size=point.vocab_size, n_embd=point.hidden_size, bos_token_id=0, eos_token_id=0
+    )
     head = VQLogitsHead(
-        VQLogitsConfig(text_config=config, num_codebooks=bits, num_fine_tokens=FINE_TOKENS)
+        VQLogitsConfig(text_config=config, num_codebooks=point.bits, num_fine_tokens=fine_tokens)
     ).eval()
-    hidden = torch.randn(rows, HIDDEN_SIZE, generator=generator)
-    weight = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
-    low_hidden, low_weight = hidden.bfloat16(), weight.bfloat16()
-    exact = torch.nn.functional.linear(hidden, *head.to_linear())
-    error = float((head(hidden) - exact).abs().max() / exact.std())
-    layers: dict[str, Callable[[], Tensor]] = {
-        "dense_float32": lambda: hidden @ weight.T,
-        "dense_bfloat16": lambda: low_hidden @ low_weight.T,
-        "quantised": lambda: head(hidden),
-    }
+    hidden = torch.randn(point.rows, point.hidden_size)
+    weight = torch.randn(point.vocab_size, point.hidden_size)
+    calls: peers.Calls = {"quantised": lambda: head(hidden), **peers.dense(hidden, weight)}
+    if point.beside:
+        others = [path for path in cpu.paths()[1:] if path != "neon"]
+        calls |= peers.best_tokens(head, hidden)
+        calls |= peers.other_backends(head, hidden, *others, "matmul")
+        calls |= peers.integers(hidden, weight)
+        calls |= peers.torchao_int8(hidden, weight)
+        calls |= peers.adaptive_softmax(hidden, point.vocab_size)
+        calls |= peers.clustered_embedder(hidden, weight)
+        calls |= peers.fast_scan(hidden, weight, point.bits)
+    head_exact = torch.nn.functional.linear(hidden, *head.to_linear())
+    errors = peers.check(calls, hidden @ weight.T, head, head_exact)
     other = torch.zeros(OTHER_BYTES // 4)
-    figures: dict[str, Any] = {
-        "rows": rows,
-        "bits": bits,
-        "largest_error_in_deviations_of_the_logits": error,
+    seconds = {
+        "warm": paired_medians(
+            calls, torch.device("cpu"), lambda call: [call() for _ in range(WARM_CALLS)]
+        ),
+        "cold": paired_medians(calls, torch.device("cpu"), lambda call: other.sum()),
     }
-    preparations: dict[str, Callable[[Callable[[], Tensor]], object]] = {
-        "warm": lambda call: [call() for _ in range(WARM_CALLS)],
-        "cold": lambda call: other.sum(),
+    storage = head.storage()
+    output_bytes = 4 * point.rows * point.vocab_size
+    least = rates.seconds(
+        moved_bytes=storage["total_bytes"] + output_bytes,
+        lookups=lookups(point.vocab_size, point.bits, fine_tokens, cpu.paths()[0], point.rows)
+        if cpu.paths()
+        else 0,
+    )
+    return {
+        "vocab_size": point.vocab_size,
+        "hidden_size": point.hidden_size,
+        "bits": point.bits,
+        "rows": point.rows,
+        "threads": torch.get_num_threads(),
+        "fine_tokens": fine_tokens,
+        "errors_in_deviations_of_the_logits": errors,
+        "limit_milliseconds": {
+            name: None if value is None else 1e3 * value
+            for name, value in zip(("bytes", "lookups"), least, strict=True)
+        },
+        **{state: _figures(found) for state, found in seconds.items()},
     }
-    for state, prepare in preparations.items():
-        seconds = paired_medians(layers, torch.device("cpu"), prepare)
-        own = seconds["quantised"]
-        figures[state] = {
-            "milliseconds": {name: value * 1e3 for name, value in seconds.items()},
-            "times_faster_than_float32": seconds["dense_float32"] / own,
-            "times_faster_than_bfloat16": seconds["dense_bfloat16"] / own,
-        }
-    return figures
+
+
+def _figures(seconds: dict[str, float]) -> dict[str, Any]:
+    own = seconds["quantised"]
+    return {
+        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
+        "times_faster_than_float32": seconds["dense_float32"] / own,
+        "times_faster_than_bfloat16": seconds["dense_bfloat16"] / own,
+    }
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def scaling_points() -> dict[str, list[Point]]:
+    """Points along each axis of the plot, with as many threads as there are."""
+    most = torch.get_num_threads()
+    counts = sorted({1, most, *(n for n in (2, 4, 8, 16, 32) if n < most)})
+    return {**SCALING, "threads": [Point(threads=n) for n in counts]}
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row: ours beside the dense layers and its limits, then the others."""
+    limits = row["limit_milliseconds"]
+    told = ", ".join(
+        f"{value:.3f} ms by {name}" for name, value in limits.items() if value is not None
+    )
+    print(
+        f"V {row['vocab_size']:,}, d {row['hidden_size']}, R {row['bits']}, N {row['rows']}, "
+        f"{row['threads']} threads; no kernel below {told}"
+    )
+    for state in ("warm", "cold"):
+        found = row[state]
+        print(
+            f"  {state}: {found['milliseconds']['quantised']:.3f} ms, "
+            f"{found['times_faster_than_float32']:.1f}x / "
+            f"{found['times_faster_than_bfloat16']:.1f}x faster than float32 / bfloat16"
+        )
+    for name in list(row["warm"]["milliseconds"])[1:]:
+        times = (row[state]["milliseconds"][name] for state in ("warm", "cold"))
+        print(f"    {name}: " + " / ".join(f"{value:.3f}" for value in times) + " ms")
 
 
 def main() -> None:
-    """Measure and write the results."""
+    """Measure, write, plot and print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--quick", action="store_true", help="one row only")
+    p.add_argument("--quick", action="store_true", help="one small layer, to see that it runs")
     p.add_argument("--output", type=Path, required=True)
     options = p.parse_args()
-    found = [
-        measure(rows, bits, seed=options.seed)
-        for rows in (ROWS[:1] if options.quick else ROWS)
-        for bits in REDUCTIONS.values()
-    ]
+    rates = measured_rates()
+    rows: list[dict[str, Any]] = []
+    scaling: dict[str, list[dict[str, Any]]] = {}
     result = record(
         "speed",
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN_SIZE,
-        fine_tokens=FINE_TOKENS,
+        "torchao",
+        quick=options.quick,
         seed=options.seed,
-        rows=found,
+        rates=rates.to_dict(),
+        rows=rows,
+        scaling=scaling,
     )
-    write(result, options.output)
-    for row in found:
-        for state in ("warm", "cold"):
-            found_here = row[state]
-            print(
-                f"N = {row['rows']:2}, R = {row['bits']:4}, {state}: "
-                f"{found_here['milliseconds']['quantised']:.3f} ms, "
-                f"{found_here['times_faster_than_float32']:.1f}x / "
-                f"{found_here['times_faster_than_bfloat16']:.1f}x faster than float32 / bfloat16"
-            )
+    for point in QUICK if options.quick else POINTS:
+        rows.append(measure(point, rates, seed=options.seed))
+        show(rows[-1])
+        write(result, options.output)
+    for axis, points in (
+        {"rows": list(QUICK)}.items() if options.quick else scaling_points().items()
+    ):
+        scaling[axis] = [measure(point, rates, seed=options.seed) for point in points]
+        write(result, options.output)
+    plot(scaling, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
