@@ -26,6 +26,7 @@ from hf_vqlogits.conversion.sizes import DEFAULT_FINE_SHARE
 from hf_vqlogits.conversion.timing import paired_medians
 from hf_vqlogits.ops import cpu
 
+from . import losses
 from . import speed_peers as peers
 from .limits import Rates, lookups, measured_rates
 from .record import record, write
@@ -66,6 +67,8 @@ SCALING = {
     "bits": [Point(bits=r) for r in (125, 250, 500, 1000, 2000, 4000)],
     "threads": [],  # as many as the machine has, see `scaling_points`
 }
+LOSS_ROWS = (2048,)
+QUICK_LOSS_ROWS = (64,)
 QUICK = (Point(vocab_size=5_000, hidden_size=128, bits=100, beside=True),)
 
 
@@ -130,6 +133,14 @@ def _measure(point: Point, rates: Rates, seed: int) -> dict[str, Any]:
     }
 
 
+def measure_loss(rows: int, point: Point, *, seed: int) -> dict[str, Any]:
+    """Median milliseconds of the training loss, forward and backward, of every layer."""
+    made = losses.steps(rows, point.vocab_size, point.hidden_size, point.bits, seed=seed)
+    calls = {name: build() for name, build in made.items()}
+    figures = _figures(paired_medians(calls, torch.device("cpu")))
+    return {"rows": rows, "bits": point.bits, **figures}
+
+
 def _figures(seconds: dict[str, float]) -> dict[str, Any]:
     own = seconds["quantised"]
     return {
@@ -178,6 +189,17 @@ def show(row: dict[str, Any]) -> None:
         print(f"    {name}: " + " / ".join(f"{value:.3f}" for value in times) + " ms")
 
 
+def show_loss(row: dict[str, Any]) -> None:
+    """Print the times of a loss."""
+    print(
+        f"loss, forward and backward, N {row['rows']}, R {row['bits']}: "
+        f"{row['times_faster_than_float32']:.1f}x / {row['times_faster_than_bfloat16']:.1f}x "
+        "faster than float32 / bfloat16"
+    )
+    for name, value in row["milliseconds"].items():
+        print(f"    {name}: {value:.0f} ms")
+
+
 def main() -> None:
     """Measure, write, plot and print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -187,6 +209,7 @@ def main() -> None:
     options = p.parse_args()
     rates = measured_rates()
     rows: list[dict[str, Any]] = []
+    loss: list[dict[str, Any]] = []
     scaling: dict[str, list[dict[str, Any]]] = {}
     result = record(
         "speed",
@@ -195,15 +218,20 @@ def main() -> None:
         seed=options.seed,
         rates=rates.to_dict(),
         rows=rows,
+        loss=loss,
         scaling=scaling,
     )
     for point in QUICK if options.quick else POINTS:
         rows.append(measure(point, rates, seed=options.seed))
         show(rows[-1])
         write(result, options.output)
-    for axis, points in (
-        {"rows": list(QUICK)}.items() if options.quick else scaling_points().items()
-    ):
+    point = QUICK[0] if options.quick else Point()
+    for count in QUICK_LOSS_ROWS if options.quick else LOSS_ROWS:
+        loss.append(measure_loss(count, point, seed=options.seed))
+        show_loss(loss[-1])
+        write(result, options.output)
+    axes = {"rows": list(QUICK)} if options.quick else scaling_points()
+    for axis, points in axes.items():
         scaling[axis] = [measure(point, rates, seed=options.seed) for point in points]
         write(result, options.output)
     plot(scaling, options.output.with_suffix(".png"))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.ops.backends import VARIABLE
 
+from .losses import adaptive_cutoffs
+
 GROUP = 64  # columns that share a scale, of 4-bit integers
 FAISS_TRAINING_ROWS = 8192
 BEST = 64  # tokens that a search for the best ones returns
@@ -100,8 +102,7 @@ def _backend(name: str) -> Iterator[None]:
 
 def adaptive_softmax(hidden: Tensor, vocab_size: int) -> Calls:
     """`torch.nn.AdaptiveLogSoftmaxWithLoss`, all log-probabilities; its tiers are of its own."""
-    cutoffs = [c for c in (2_000, 10_000, 40_000, 200_000) if c < vocab_size]
-    layer = nn.AdaptiveLogSoftmaxWithLoss(hidden.shape[1], vocab_size, cutoffs)
+    layer = nn.AdaptiveLogSoftmaxWithLoss(hidden.shape[1], vocab_size, adaptive_cutoffs(vocab_size))
     return {"adaptive softmax": lambda: layer.log_prob(hidden)}
 
 

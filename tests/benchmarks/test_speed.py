@@ -35,6 +35,9 @@ def test_results_plot_and_text(quick, tmp_path, monkeypatch, capsys):
         assert min(times.values()) > 0
         ratio = times["dense_float32"] / times["quantised"]
         assert row[state]["times_faster_than_float32"] == ratio
+    (loss,) = result["loss"]
+    assert {"quantised", "adaptive softmax"} < loss["milliseconds"].keys()
+    assert loss["times_faster_than_float32"] > 0
     assert set(result["scaling"]) == {"rows"}
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
