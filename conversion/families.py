@@ -38,7 +38,7 @@ class LogitTransform:
 
     def __call__(self, raw: Tensor) -> Tensor:
         """Final logits of raw ones, any shape."""
-        scaled = raw * self.scale
+        scaled = raw if self.scale == 1.0 else raw * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 

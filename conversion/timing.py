@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 REPEATS = 21
+WARM_UP = 3
 
 
 def paired_medians(
     layers: dict[str, Callable[[], Tensor]],
     device: torch.device,
     prepare: Callable[[Callable[[], Tensor]], object] = lambda call: None,
+    *,
+    repeats: int | None = None,
 ) -> dict[str, float]:
     """Median seconds of each call, taken in turns so that a drift of the machine hits all alike.
 
@@ -24,12 +27,13 @@ def paired_medians(
         prepare: called with each call before it, outside the time taken: to fill the caches with
             what it reads, or with something else. Without it, each call finds what the other
             layers left there.
+        repeats: calls that count; default `REPEATS`.
 
     Returns:
         Seconds a call, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in layers}
-    for repeat in range(REPEATS + 3):
+    for repeat in range((repeats or REPEATS) + WARM_UP):
         for name, call in layers.items():
             prepare(call)
             if device.type == "cuda":
@@ -38,7 +42,7 @@ def paired_medians(
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if repeat >= 3:  # warm-up
+            if repeat >= WARM_UP:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
