@@ -2,8 +2,9 @@
 
     loss[n] = logsumexp_v z[n, v] - z[n, label[n]],  z = softcap(logit_scale * logits)
 
-On a GPU, sign codes have kernels that reduce the logits tile by tile (`triton_cross_entropy.py`);
-everything else goes the way of `row_losses.py`.
+On a GPU, sign codes have kernels that reduce the logits tile by tile (`triton_cross_entropy.py`),
+and index codes of two codebooks need no logits (`pair_cross_entropy.py`); everything else goes the
+way of `row_losses.py`.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, eager
+from . import backends, eager, pair_cross_entropy
 from .registration import CODES, LIBRARY, TAGS, check, without_autocast
 from .row_losses import (
     check_options,
@@ -158,9 +159,27 @@ def compute_cross_entropy(
     ) -> tuple[Tensor, Tensor | None]:
         return _losses_and_slope(logits, target, counts, options, with_gradient)
 
-    return chunked(
+    exact = None
+    if len(rows) and pair_cross_entropy.pays(scores, codes, code_type, final_logit_softcapping):
+        with without_autocast(scores.device):
+            exact, found, lost = pair_cross_entropy.losses_and_gradient(
+                scores[rows].to(eager.sum_dtype(scores.dtype)),
+                codes,
+                labels[rows],
+                label_smoothing=label_smoothing,
+                logit_scale=logit_scale,
+                z_loss=z_loss,
+                with_gradient=with_gradient,
+            )
+        kept, rows = rows[~lost], rows[lost]
+    losses, gradient = chunked(
         of_logits, scores, codes, code_type, *fine, labels, rows, chunk_size, with_gradient
     )
+    if exact is not None:
+        losses[kept] = exact[~lost]
+        if found is not None:
+            gradient[kept] = found[~lost].to(gradient.dtype)
+    return losses, gradient
 
 
 def _losses_and_slope(

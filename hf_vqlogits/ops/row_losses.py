@@ -52,7 +52,7 @@ def chunked(
     classes = codes.shape[0] if counts is None else len(counts)
     size = chunk_size or max(1, CHUNK_BYTES // (max(1, classes) * exact.itemsize))
     with without_autocast(scores.device):
-        for chunk in rows.split(size):
+        for chunk in rows.split(size) if len(rows) else ():
             part, target = scores[chunk].to(exact), labels[chunk]
             if counts is None:
                 logits = compute_expand(part, codes, code_type, *fine)  # (n, V)

@@ -12,6 +12,7 @@ CODES = {
     "sign": references.random_sign_codes(VOCABULARY, 13),
     "index": references.random_index_codes(VOCABULARY, 3, 5),
     "one codebook": references.random_index_codes(VOCABULARY, 1, 11),
+    "two codebooks": references.random_index_codes(VOCABULARY, 2, 7),
     "fine": references.random_sign_codes(VOCABULARY, 13),
 }
 FINE = {
@@ -25,7 +26,13 @@ IGNORED = -7
 def make_problem(kind, dtype=torch.float64, rows=9, seed=0):
     """Hidden states, labels of which two are ignored, and the tensors of a head."""
     torch.manual_seed(seed)
-    shape = {"sign": (13,), "fine": (13,), "index": (3, 5), "one codebook": (1, 11)}[kind]
+    shape = {
+        "sign": (13,),
+        "fine": (13,),
+        "index": (3, 5),
+        "one codebook": (1, 11),
+        "two codebooks": (2, 7),
+    }[kind]
     codes = CODES[kind]
     if kind == "one codebook":
         codes = torch.where(codes == 4, 5, codes).to(torch.uint8)  # codeword 4 is of no token
@@ -199,7 +206,7 @@ def test_ignored_rows_are_not_computed(kind, monkeypatch):
         return original(logits, *arguments)
 
     monkeypatch.setattr(cross_entropy, "_losses_and_slope", record)
-    chunked_loss(hidden, labels, head, chunk_size=3)
+    chunked_loss(hidden, labels, head, chunk_size=3, cap=5.0)
     assert seen == [3, 3, 1]
 
 
