@@ -10,7 +10,7 @@ from .work_folder import WorkFolder
 
 
 def calibrated(
-    case: Case, quantiser: Quantiser, work: WorkFolder
+    case: Case, quantiser: Quantiser, work: WorkFolder, *, name: str = "calibration"
 ) -> tuple[CalibrationStatistics, dict[str, Any]]:
     """The statistics, and what a row tells of them.
 
@@ -18,6 +18,7 @@ def calibrated(
         case: a model with its texts.
         quantiser: of the case.
         work: the folder, of one seed and amount of text.
+        name: under which they are kept there, of this text of the case.
     """
 
     def make() -> dict[str, Any]:
@@ -25,9 +26,9 @@ def calibrated(
             statistics = quantiser.calibrate()
         return {"statistics": vars(statistics), "seconds": quantiser.seconds["calibration"]}
 
-    kept = work.tensors(f"{case.name}-calibration", make)
+    kept = work.tensors(f"{case.name}-{name}", make)
     told = {
         "calibration_seconds": kept["seconds"],
-        "calibration_tokens": case.calibration.numel(),
+        "calibration_tokens": quantiser.corpus.calibration.numel(),
     }
     return CalibrationStatistics(**kept["statistics"]), told

@@ -5,7 +5,8 @@
 For several T (`refine_top_k`): how often the most likely token is the dense layer's on text kept
 out of the fit, how many tokens a position are scored again by the rule fitted to 99.9%, at how many
 positions a bound on any error makes the token certain, and the time of one row's logits beside the
-dense layers, in turns in one run. The head is fitted by the project's protocol and not distilled.
+dense layers, in turns in one run. The head is fitted by the project's protocol, but for the text
+that the rule is fitted to, and not distilled.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_vqlogits.conversion.convert import REFINE_AGREEMENT
+from hf_vqlogits.conversion.held_out import keep_out
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.refining import FittedRefinement
 from hf_vqlogits.conversion.sizes import choose_size
@@ -36,8 +38,9 @@ NONE = "none"
 
 def measure(case: Case, work: WorkFolder, *, reduction: float, seed: int) -> list[dict[str, Any]]:
     """One row of figures for each T of `CANDIDATES`, and the first without."""
-    quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
-    statistics, told = calibrated(case, quantiser, work)
+    corpus = keep_out(case.corpus(), seed)
+    quantiser = Quantiser(case.parts, corpus, seed, show_progress=True)
+    statistics, told = calibrated(case, quantiser, work, name="part-of-the-text")
     vocab_size, hidden_size = case.parts.weight.shape
     size = choose_size(
         "signs", vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction

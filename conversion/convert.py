@@ -30,7 +30,7 @@ from .distillation_state import check_state_file
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
-from .held_out import check_length, long_enough
+from .held_out import check_length, keep_out, long_enough
 from .nested_sizes import check_nested, choose_nested_size
 from .nesting import nested_heads, state_files
 from .quantise import LADDER, REREADINGS, Quantiser
@@ -130,9 +130,9 @@ def convert_to_vq(
         refine_top_k: score so many tokens of the largest logits again by rows of the dense output
             layer, which stay in the model for it (in tied models with `embeddings` `"keep"` they
             are the input embedding's); 0 for none. Not with `nested`.
-        refine_agreement: share of the positions of text that the head was not trained on where the
-            dense layer's most likely token is to be found; fewer tokens are scored for a smaller
-            one.
+        refine_agreement: share of the positions where the dense layer's most likely token is to be
+            found, on some calibration text that is kept out of the fit for it; fewer tokens are
+            scored for a smaller one.
         ladder: compare 99.5, 99, 98 and 96% on the evaluation text (signs, with `embeddings`
             `"keep"`). It shows the fit alone: `distill_steps` train the head that is written and
             none of these.
@@ -219,6 +219,8 @@ def convert_to_vq(
         seed=seed,
         show_progress=progress,
     )
+    if refine_top_k:
+        corpus = keep_out(corpus, seed)
     quantiser = Quantiser(parts, corpus, seed, rereadings=rereadings, show_progress=progress)
     input_distill_steps = _steps("input_distill_steps", input_distill_steps, method, corpus)
     distill_steps = _steps("distill_steps", distill_steps, method, corpus)

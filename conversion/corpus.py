@@ -53,6 +53,8 @@ class Corpus:
         own: (rows, context + 1), some text that the model wrote, to compare the calibration text
             with; None where that is such text itself, or the model could not.
         own_unscored: likewise of `own`.
+        kept_out: (rows, context + 1), calibration text that no fit sees, for what is to hold on
+            other text; None where nothing was kept out.
     """
 
     calibration: Tensor
@@ -63,6 +65,7 @@ class Corpus:
     unscored: int = 0
     own: Tensor | None = None
     own_unscored: int = 0
+    kept_out: Tensor | None = None
 
     @property
     def context(self) -> int:

@@ -1,10 +1,12 @@
 """Calibration text of a training: what is kept out to judge by, and what each step reads."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .corpus import Corpus
 from .errors import ConversionError
 
 POSITIONS = 1024  # of a step
@@ -39,6 +41,17 @@ def split(
     epochs = math.ceil(steps * rows / len(train))
     order = [train[torch.randperm(len(train), generator=generator)] for _ in range(epochs)]
     return shuffled[:held], torch.cat([train[:0], *order])[: steps * rows]
+
+
+def keep_out(corpus: Corpus, seed: int) -> Corpus:
+    """The corpus with some rows of its calibration text kept out of every fit, if it is long."""
+    blocks = corpus.calibration
+    if not long_enough(blocks):
+        return corpus
+    shuffled = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    held = _kept_out(blocks)
+    rest = blocks[shuffled[held:].sort().values]
+    return replace(corpus, calibration=rest, kept_out=blocks[shuffled[:held]])
 
 
 def long_enough(blocks: Tensor) -> bool:

@@ -28,14 +28,13 @@ from .embeddings import (
 )
 from .end_to_end import distill_end_to_end
 from .families import SourceParts, head_config
-from .held_out import long_enough, split
 from .metric import TokenMetric, token_metric
 from .precision import product_dtype
 from .redrawing import draw_tokens, redraw
 from .refining import FittedRefinement, fit_refinement
 from .signs import SignFit, SignFitter
 from .sizes import HeadSize
-from .streaming import KeptStates
+from .streaming import KeptStates, hidden_states
 from .training import Advance, Notify
 
 LADDER = (0.995, 0.99, 0.98, 0.96)
@@ -254,6 +253,8 @@ class Quantiser:
     ) -> FittedRefinement:
         """What scores the head's best tokens again by rows of the dense layer.
 
+        Its rule is fitted to `kept_out` of the corpus; without that all candidates are scored.
+
         Args:
             head: the finished output layer.
             size: of it.
@@ -263,11 +264,11 @@ class Quantiser:
                 scored.
             with_embedding: the rows are the input embedding's.
         """
-        states = self._states()
+        kept_out = self.corpus.kept_out
         batches: Iterable[Tensor] = ()
-        if long_enough(self.corpus.calibration):
-            kept_out, _ = split(states.blocks, 1, self.seed, versions=states.versions)
-            batches = states(kept_out)
+        if kept_out is not None:
+            states = hidden_states(self.parts.backbone, kept_out, fast=True)
+            batches = (hidden for hidden, _ in states)
         config = self.config(size, refine_top_k=top_k, refine_with_embedding=with_embedding)
         metric = self._metric(statistics)
         return fit_refinement(self.parts, config, head, metric, statistics, batches, agreement)

@@ -2,7 +2,15 @@
 
 Letters: N positions, V vocabulary, d hidden size, D = d + 1, T candidates. In whitened coordinates
 (`metric.py`) a token's error is a vector e, and what it adds to the logit of a position is e . x,
-x being the whitened hidden state with one more coordinate 1.
+x being the whitened hidden state, of covariance I, with one more coordinate 1. So |e| is the
+deviation of that error, and |e| |x| a bound on it.
+
+SmolLM2-135M at 99%, by the fit alone, positions of WikiText-2 and of novels: for the dense layer's
+choice to be within the rule at 99.9% it has to score 22 and 55 tokens with the errors in each
+token's own contexts (as the metric weighs them) in the place of |e| and without rho; 22 and 28 with
+|e| and |x|; 19 and 37 with |e| and rho, which needs no d x d product; 47 and 170 with the same
+distance for all tokens. Looking from the best dense score down in the place of the best quantised
+one takes 61 and 111.
 """
 
 import math
@@ -29,14 +37,11 @@ class LogitErrors:
     """What quantisation changed in the output vectors, in whitened coordinates.
 
     Attributes:
-        deviation: (V,) float32, s_v: root mean square of e . x over the positions where token v is
-            likely, by the metric's own weight of contexts; times the family's scale of logits.
-        length: (V,) float32, |e| likewise: no position's error is above |e| |x|.
-        common: (D,) float32, what all tokens' errors have in common, left out of both; zero where a
+        length: (V,) float32, |e|, times the family's scale of logits.
+        common: (D,) float32, what all tokens' errors have in common, left out there; zero where a
             constant added to all logits is not free.
     """
 
-    deviation: Tensor
     length: Tensor
     common: Tensor
 
@@ -60,11 +65,8 @@ def logit_errors(
     share = (probability / probability.sum()).to(error)
     free = parts.transform.softcap is None  # else a constant added to all logits is not
     common = share @ error if free else error.new_zeros(error.shape[1])
-    error -= common
-    square = error.square().sum(1)
-    along = (error * metric.context).sum(1).square()
     scale = parts.transform.scale
-    return LogitErrors(scale * (square + along).sqrt(), scale * square.sqrt(), scale * common)
+    return LogitErrors(scale * (error - common).norm(dim=1), scale * common)
 
 
 @dataclass
@@ -134,16 +136,10 @@ class FittedRefinement:
         """Tokens scored again, and positions certified, of hidden states (n, d)."""
         own = hidden.to(head.codebook.dtype)
         quantised = head(own).float() - self.refinement.offset(hidden)
-        tokens = quantised.topk(self.refinement.top_k).indices
-        refined = self.logits(parts, head)(own).float()
-        best = refined.gather(1, tokens).amax(-1, keepdim=True)
-        scored = torch.zeros_like(quantised, dtype=torch.bool)
-        z = self.refinement.deviations
-        if z is None:
-            scored.scatter_(1, tokens, True)
-        else:
-            possible = quantised + z * self.refinement.error.float() >= best
-            scored.scatter_(1, tokens, possible.gather(1, tokens))
+        values, tokens = quantised.topk(self.refinement.top_k)
+        within = self.refinement.within(hidden, values, tokens)
+        scored = torch.zeros_like(quantised, dtype=torch.bool).scatter_(1, tokens, within)
+        best = self.logits(parts, head)(own).float().amax(-1, keepdim=True)
         x = (hidden.float() - self.metric.mean) @ self.metric.unwhiten.T
         x = torch.nn.functional.pad(x, (0, 1), value=1.0)
         # A soft-cap makes differences smaller, never larger.
@@ -179,7 +175,11 @@ def fit_refinement(
     if refinement.weight is not None:
         refinement.weight = torch.nn.Parameter(parts.weight, requires_grad=False)
     bias = parts.weight.new_zeros(len(parts.weight)) if parts.bias is None else parts.bias
-    refinement.bias, refinement.error = bias.float(), errors.deviation.to(bias.device)
+    refinement.bias, refinement.error = bias.float(), errors.length.to(bias.device)
+    deviation = statistics.covariance.diagonal().clamp_min(0).sqrt()
+    deviation = deviation.clamp_min(1e-3 * deviation.max().clamp_min(1e-6))
+    refinement.mean = statistics.mean.float().to(bias.device)
+    refinement.spread = deviation.float().to(bias.device)
     vector, offset = metric.product_form(errors.common[None])
     refinement.common, refinement.common_bias = vector[0].to(bias.device), offset.to(bias.device)
     found = [_distance_of_choice(parts, head, refinement, hidden) for hidden in batches]
@@ -191,19 +191,13 @@ def fit_refinement(
 def _distance_of_choice(
     parts: SourceParts, head: VQLogitsHead, refinement: Refinement, hidden: Tensor
 ) -> Tensor:
-    """By how many deviations the quantised logit of the dense layer's choice is too small, (n,).
-
-    Not below 0, and infinite where it is no candidate.
-    """
+    """How far below the best logit the dense layer's choice lies, (n,); infinite below the T-th."""
     found = []
     for some in hidden.split(CHUNK_ROWS):
-        dense = parts.logits(some.to(parts.weight.dtype)).float()
-        best, choice = dense.max(-1, keepdim=True)
+        choice = parts.raw_logits(some.to(parts.weight.dtype)).argmax(-1, keepdim=True)
         values, tokens = head.topk(some.to(head.codebook.dtype), refinement.top_k)
-        less = best - (values - refinement.offset(some))
-        error = refinement.error[tokens].clamp_min(torch.finfo(torch.float32).tiny)
-        distance = (less / error).clamp_min(0.0).masked_fill(tokens != choice, math.inf)
-        found.append(distance.amin(-1))
+        distance = refinement.distance(some, values, tokens)
+        found.append(distance.masked_fill(tokens != choice, math.inf).amin(-1))
     return torch.cat(found)
 
 
@@ -211,8 +205,7 @@ def deviations_for(distances: Tensor, agreement: float) -> float | None:
     """The least z with which the dense layer's choice is scored again at a share of positions.
 
     Args:
-        distances: (N,), by how many deviations that choice's quantised logit is too small;
-            infinite where it is no candidate.
+        distances: (N,) of that choice, in deviations; infinite where it is no candidate.
         agreement: the share, above 0 and at most 1.
 
     Returns:

@@ -287,7 +287,7 @@ class ConversionReport:
         """Which tokens are scored again, and what is certain of them, in words."""
         rule = f"of the {found['top_k']} best"
         if found["deviations"] is not None:
-            rule += f" those that an error of {found['deviations']:.2f} deviations could put first"
+            rule += f" those within {found['deviations']:.2f} deviations of the errors"
         return (
             f"{rule}: {found['scored']:.1f} tokens a position on evaluation text; certain of the "
             f"most likely token, by a bound on any error, at {found['certified']:.1%} of positions"

@@ -53,8 +53,8 @@ class VQLogitsConfig(PreTrainedConfig):
             output weight, outside of training; 0 to V, 0 without such rows. A checkpoint that has
             them can be loaded with another number.
         refine_deviations (`float`, *optional*):
-            z: of these, only those that an error of z deviations could make the best keep the
-            dense score; None keeps them all.
+            z: of these, only those that lie within z deviations of the logits' errors below the
+            best one; None scores them all.
         refine_with_embedding (`bool`, *optional*, defaults to `False`):
             The dense output weight is the input embedding's, as in a tied dense model, with
             `embeddings` `"keep"`; else it is stored.

@@ -1,9 +1,15 @@
 """Nearly exact decoding: quantised logits choose candidates, rows of the dense layer score them.
 
-The quantised logit q_v of token v is wrong by some error, whose deviation s_v over the text where v
-is likely is known since the conversion. Once the best candidates are scored by their own rows of
-the dense weight, a token with q_v + z s_v below the best of these scores is unlikely to be the
-dense layer's choice, z being fitted on text. It costs T rows where the dense layer reads V.
+Quantisation changed output vector w_v by e_v. Of random hidden states h the error of the logit has
+the deviation s_v, known since the conversion; of a state that lies far out it is as many times
+larger as that is farther,
+
+    rho(h)^2 = mean_i ((h_i - mu_i) / sigma_i)^2,
+
+mu and sigma being mean and deviation of the states of the calibration text. So a token u whose
+quantised logit q_u lies more than z rho sqrt(s_best^2 + s_u^2) below the best one is unlikely to be
+the dense layer's choice, z being fitted on text. The others are scored by their own rows of the
+dense weight: T rows at most, where the dense layer reads V.
 """
 
 from collections.abc import Callable
@@ -42,12 +48,14 @@ class Refinement(nn.Module):
 
     Attributes:
         top_k: T, candidates of a position at most.
-        deviations: z. Of the T tokens of the largest quantised logits q, those keep the dense
-            layer's score l for which q_v + z s_v >= max l; None keeps all of them.
+        deviations: z. Of the T tokens of the largest quantised logits, those within z deviations of
+            the best are scored; None scores all of them.
         weight: parameter (V, d) without gradient, the dense weight; None where it is the input
             embedding's, whose rows are then handed in.
         bias: buffer (V,), the dense layer's, zero where it has none.
-        error: buffer (V,), s_v, deviation of the error of a token's final logit.
+        error: buffer (V,), s, deviation of the error of every token's final logit.
+        mean: buffer (d,), mu.
+        spread: buffer (d,), sigma.
         common: buffer (d,), what the errors of all tokens have in common is common . h +
             common_bias: a constant that softmax does not see, but dense scores lack.
         common_bias: buffer (1,).
@@ -58,6 +66,8 @@ class Refinement(nn.Module):
 
     bias: Tensor
     error: Tensor
+    mean: Tensor
+    spread: Tensor
     common: Tensor
     common_bias: Tensor
 
@@ -70,12 +80,14 @@ class Refinement(nn.Module):
             self.weight = nn.Parameter(rows, requires_grad=False)
         self.register_buffer("bias", torch.empty(config.vocab_size))
         self.register_buffer("error", torch.empty(config.vocab_size))
-        self.register_buffer("common", torch.empty(config.hidden_size))
+        for name in ("mean", "spread", "common"):
+            self.register_buffer(name, torch.empty(config.hidden_size))
         self.register_buffer("common_bias", torch.empty(1))
 
     def initial_tensors(self) -> dict[str, Tensor]:
         """Tensors of a refinement that is to be filled, by name: rows like those of a new layer."""
         buffers = {name: torch.zeros(b.shape, device="cpu") for name, b in self.named_buffers()}
+        buffers["spread"] += 1
         if self.weight is None:
             return buffers
         return {"weight": 0.02 * torch.randn(self.weight.shape, device="cpu"), **buffers}
@@ -136,7 +148,7 @@ class Refinement(nn.Module):
 
         Returns:
             Logits (..., T), no longer in order: the dense layer's, or outside of the rule the
-            quantised ones, none of which is above the best dense one.
+            quantised ones.
 
         Raises:
             ValueError: there are no rows: none of its own and none handed in, or offloaded ones.
@@ -166,10 +178,22 @@ class Refinement(nn.Module):
         parts = zip(hidden.split(at_once), chosen.split(at_once), strict=True)
         raw = torch.cat([_raw_logits(rows, self.bias, h, c) for h, c in parts])
         exact = postprocess(raw.view(values.shape)).to(values.dtype)
+        return torch.where(self.within(hidden_states, values, tokens), exact, values)
+
+    def within(self, hidden_states: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
+        """Which candidates the rule scores, bool (..., T); the arguments of [`rescore`]."""
         if self.deviations is None:
-            return exact
-        possible = values + self.deviations * self.error[tokens].to(values.dtype)
-        return torch.where(possible >= exact.amax(-1, keepdim=True), exact, values)
+            return torch.ones_like(values, dtype=torch.bool)
+        return self.distance(hidden_states, values, tokens) <= self.deviations
+
+    def distance(self, hidden_states: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
+        """How far candidates lie below the best one, in deviations of the errors, (..., T)."""
+        out = (hidden_states.float() - self.mean.float()) / self.spread.float()
+        rho = out.square().mean(-1, keepdim=True).sqrt()
+        error = self.error[tokens].float()
+        deviation = rho * torch.hypot(error[..., :1], error)
+        below = (values[..., :1] - values).float()
+        return below / deviation.clamp_min(torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
     def resize(self, new_size: int, weight: Tensor, bias: Tensor) -> None:

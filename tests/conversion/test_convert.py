@@ -210,10 +210,10 @@ def test_the_best_logits_are_scored_again(
     ]
     assert main(words) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "best logits scored again: of the 9 best those that an error" in printed
+    assert "best logits scored again: of the 9 best those within" in printed
     stored = json.loads((tmp_path / "out" / "vq_report.json").read_text())
     found, shared = stored["refinement"], embeddings == "keep"  # with the input embedding
-    assert found["bytes"] == 4 * (2 * 400 + 32 + 1 + (0 if shared else 400 * 32))
+    assert found["bytes"] == 4 * (2 * 400 + 3 * 32 + 1 + (0 if shared else 400 * 32))
     tensors = load_file(tmp_path / "out" / "model.safetensors").values()
     assert stored["model_bytes"]["after"] == sum(t.nbytes for t in tensors)
     assert found["greedy_agreement"] > stored["greedy_agreement"]

@@ -450,7 +450,7 @@ def test_what_scoring_again_does_is_told_everywhere(of_refined_logits):
         "99.91%",
         "30.30 (x1.010)",
         "0.5 ms (10x / 8x faster)",
-        "of the 64 best those that an error of 2.50 deviations could put first: 5.2 tokens",
+        "of the 64 best those within 2.50 deviations of the errors: 5.2 tokens",
         "at 12.5% of positions",
     ):
         assert told in text, told
