@@ -290,8 +290,14 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
                 "one."
             )
         self.lm_head = new_embeddings
-        if self.refinement is not None:  # whose rule is of the errors of the old one
-            self.refinement.deviations = self.config.refine_deviations = None
+        if self.refinement is not None:
+            embedding: Any = self.get_input_embeddings()
+            own = self.refinement.weight
+            dense = embedding.weight if own is None else own
+            capped = new_embeddings.final_logit_softcapping is not None
+            scale = 0.0 if capped else new_embeddings.logit_scale
+            self.refinement.follow(*new_embeddings.to_linear(), dense, logit_scale=scale)
+            self.config.refine_deviations = None
         self.follow_parts()
 
     def set_input_embeddings(self, value: nn.Module) -> None:

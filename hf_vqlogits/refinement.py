@@ -196,6 +196,20 @@ class Refinement(nn.Module):
         return below / deviation.clamp_min(torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
+    def follow(self, weight: Tensor, bias: Tensor, dense: Tensor, *, logit_scale: float) -> None:
+        """Take another head, of whose errors nothing is known but what all tokens' have in common.
+
+        Args:
+            weight: (V, d) of the head.
+            bias: (V,) of the head.
+            dense: (V, d), the dense weight.
+            logit_scale: factor on every logit; 0 where a constant added to all of them is not free.
+        """
+        self.deviations = None
+        self.common.copy_(logit_scale * (weight - dense.to(weight)).mean(0))
+        self.common_bias.copy_(logit_scale * (bias - self.bias.to(bias)).mean())
+
+    @torch.no_grad()
     def resize(self, new_size: int, weight: Tensor, bias: Tensor) -> None:
         """Cut or continue it to another vocabulary.
 

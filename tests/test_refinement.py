@@ -276,11 +276,23 @@ def test_rows_stay_when_the_embedding_they_lay_in_is_replaced(make_model, ids, t
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_another_head_has_errors_of_its_own(make_model):
-    model = make_model("llama", refine_deviations=1.0, **OWN)
-    model.set_output_embeddings(copy.deepcopy(model.lm_head))
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("fields", [OWN, SHARED], ids=["own rows", "the embedding's"])
+def test_another_head_has_errors_of_its_own(make_model, ids, family, fields):
+    model = make_model(family, refine_deviations=1.0, logit_scale=0.5, **fields)
+    head = copy.deepcopy(model.lm_head)
+    nn.init.normal_(head.codebook)
+    model.set_output_embeddings(head)
     assert model.refinement.deviations is None
     assert model.config.refine_deviations is None
+    offset = model.refinement.offset(model.model(ids).last_hidden_state)
+    if family == "gemma2":  # soft-capped: a constant is not free
+        assert not offset.any()
+        return
+    hidden = model.model(ids).last_hidden_state
+    less = model.lm_head(hidden) - offset - dense_logits(model, ids)
+    assert less.mean(-1).abs().max() < 1e-2  # the kernel rounds to 16 bits
+    assert offset.abs().max() > 0.1
 
 
 def test_compiled_without_a_break(make_model, ids):
