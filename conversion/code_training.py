@@ -80,7 +80,8 @@ class CodeLearner:
 
     Raises:
         ConversionError: there is no trainable head of sign codes, the codes are the input
-            embedding's too, or something other than FSDP 2 spreads the codebook over processes.
+            embedding's too, or something other than FSDP 2 spreads the codebook over processes. In
+            the first forward: its loss is no cross-entropy.
         ValueError: `every` is below 1, or `damping` not positive.
 
     Example:
@@ -151,6 +152,12 @@ class CodeLearner:
         hidden, labels = _arguments(*args, **kwargs)
         if labels is None or not (head.training and torch.is_grad_enabled()) or _again(hidden):
             return
+        loss = kwargs.get("output_loss", "cross_entropy")
+        if loss != "cross_entropy":
+            raise ConversionError(
+                f"Codes are learnt by the curvature of cross-entropy, but `output_loss` is "
+                f"{loss!r}; train without learning codes."
+            )
         self._forwards += 1
         counted = (labels != kwargs.get("ignore_index", -100)) & (labels >= 0)
         counted &= labels < head.out_features

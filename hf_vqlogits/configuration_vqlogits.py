@@ -10,6 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 CODE_TYPES = ("sign", "index")
 EMBEDDINGS = ("keep", "vq", "tied")
+OUTPUT_LOSSES = ("cross_entropy", "squared_hinge")
 
 
 @strict
@@ -48,6 +49,11 @@ class VQLogitsConfig(PreTrainedConfig):
             R of the input embedding, with `"vq"` only; defaults to that of a sign-coded head.
         embedding_fine_tokens (`int`, *optional*, defaults to 0):
             How many tokens have a second code there, with `"vq"` only.
+        output_loss (`str`, *optional*, defaults to `"cross_entropy"`):
+            The loss of training. `"squared_hinge"`: the margin loss of an L2-SVM, one against the
+            rest: the sum over all tokens of max(0, 1 - y logit)^2, y = +1 for the label and -1 for
+            the others (Agarap 2017). Logits are then margins around -1 and no longer
+            log-probabilities; a head made with it has a codeword that all tokens share.
         refine_top_k (`int`, *optional*, defaults to 0):
             T, how many tokens of the largest quantised logits are scored again by rows of the dense
             output weight, outside of training; 0 to V, 0 without such rows. A checkpoint that has
@@ -90,6 +96,7 @@ class VQLogitsConfig(PreTrainedConfig):
     embeddings: str = "keep"
     embedding_codebooks: int | None = None
     embedding_fine_tokens: int = 0
+    output_loss: str = "cross_entropy"
     refine_top_k: int = 0
     refine_deviations: float | int | None = None
     refine_with_embedding: bool = False
@@ -191,6 +198,10 @@ class VQLogitsConfig(PreTrainedConfig):
                 f"got {self.num_fine_tokens}."
             )
         self._validate_nested()
+        if self.output_loss not in OUTPUT_LOSSES:
+            raise ValueError(
+                f"`output_loss` must be one of {OUTPUT_LOSSES}, got {self.output_loss!r}."
+            )
         if not 0 < self.logit_scale < math.inf:
             raise ValueError(f"`logit_scale` must be positive and finite, got {self.logit_scale}.")
         cap = self.final_logit_softcapping

@@ -29,11 +29,10 @@ from torch import Tensor, nn
 
 from . import ops
 from .coded import WHERE_FROM, CodedLayer, score_scale
+from .configuration_vqlogits import OUTPUT_LOSSES
 from .nested import check_stored, cut_codes
 from .ops import eager
 from .sampling import sample
-
-OUTPUT_LOSSES = ("cross_entropy", "squared_hinge")
 
 
 class HeadConfig(Protocol):
@@ -131,11 +130,16 @@ class VQLogitsHead(CodedLayer):
         """V."""
         return self.codes.shape[0]
 
-    def initial_tensors(self) -> dict[str, Tensor]:
+    def initial_tensors(self, *, common: float | None = None) -> dict[str, Tensor]:
         """Random tensors of a head to be trained from scratch, by name, drawn on the CPU.
 
         Codes are uniform, second codes are of the first tokens; codewords are normal with the
         deviation that gives logits the variance of a dense layer initialised at 0.02.
+
+        Args:
+            common: all logits shall be near this number, by a codeword that all tokens share: bit 0
+                of sign codes, or codebook 0 of index codes as a whole. Random codes can learn no
+                number that all tokens have in common.
         """
         if self.code_type == "sign":
             codes = self._initial_sign_codes()
@@ -147,7 +151,7 @@ class VQLogitsHead(CodedLayer):
         for bits in self.nested_codebooks:
             nested[f"codebook_{bits}"] = self._initial_codebook(bits)
             nested[f"codebook_bias_{bits}"] = torch.zeros(bits, device="cpu")
-        return {
+        tensors = {
             "codebook": self._initial_codebook(),
             "codebook_bias": torch.zeros(self.codebook_bias.shape, device="cpu"),
             **nested,
@@ -155,6 +159,19 @@ class VQLogitsHead(CodedLayer):
             "hidden_mean": torch.zeros(self.in_features, device="cpu"),
             "fold_direction": torch.zeros(self.in_features, device="cpu"),
         }
+        if common is not None:
+            self._share_a_codeword(tensors, common)
+        return tensors
+
+    def _share_a_codeword(self, tensors: dict[str, Tensor], common: float) -> None:
+        """Give all tokens a number in common, in place."""
+        sizes = {"": self.num_codebooks, **{f"_{bits}": bits for bits in self.nested_codebooks}}
+        for which, terms in sizes.items():
+            tensors[f"codebook_bias{which}"][0] = common / score_scale(terms)
+            if self.code_type == "sign":
+                tensors[f"codebook{which}"][0] = 0.0
+        if self.code_type == "sign":
+            tensors["codes"][:, 0] |= 1
 
     def hold(self, smaller: "VQLogitsHead") -> None:
         """Take the codebook of a smaller head whose codes are the first bits of this one's.

@@ -42,7 +42,8 @@ class VQLogitsCausalLMOutput(CausalLMOutputWithPast):
     """Output of [`VQLogitsForCausalLM`].
 
     Args:
-        loss (`torch.Tensor` of shape `(1,)`, *optional*): cross-entropy in nats, with labels.
+        loss (`torch.Tensor` of shape `(1,)`, *optional*): with labels, cross-entropy in nats or
+            what `output_loss` of the configuration says.
         logits (`torch.Tensor` of shape `(batch, positions, V)`, *optional*): None when skipped.
         cache (`Cache`, *optional*): the backbone's cache.
         hidden_states (tuple, *optional*): of the backbone.
@@ -78,7 +79,12 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
             tensors = module.state_dict(keep_vars=True).values()
             loaded = (getattr(t, "_is_hf_initialized", False) for t in tensors)
             if not all(loaded):  # `initialization.copy_` leaves alone those that are
-                for name, value in module.initial_tensors().items():
+                margins = self.config.output_loss == "squared_hinge"
+                if margins and isinstance(module, VQLogitsHead):
+                    drawn = module.initial_tensors(common=-1.0 / module.logit_scale)
+                else:
+                    drawn = module.initial_tensors()
+                for name, value in drawn.items():
                     initialization.copy_(getattr(module, name), value)
 
     @classmethod
@@ -389,7 +395,7 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
         hidden_states = outputs.last_hidden_state
         loss, aux_loss, logits = None, None, None
         if shift_labels is not None:
-            loss = self._cross_entropy(hidden_states, shift_labels, num_items_in_batch)
+            loss = self._loss(hidden_states, shift_labels, num_items_in_batch)
             loss, aux_loss = self._with_router_loss(loss, outputs, attention_mask)
         if not skip_logits:
             logits = self._logits(_kept_positions(hidden_states, logits_to_keep))
@@ -415,11 +421,16 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
             hidden_states, logits, rows=rows, postprocess=self.lm_head.postprocess
         )
 
-    def _cross_entropy(
+    def _loss(
         self, hidden_states: Tensor, shift_labels: Tensor, num_items: int | Tensor | None
     ) -> Tensor:
         labels = shift_labels.to(hidden_states.device).reshape(hidden_states.shape[:-1])
-        return self.lm_head(hidden_states, labels, num_items_in_batch=num_items)
+        return self.lm_head(
+            hidden_states,
+            labels,
+            num_items_in_batch=num_items,
+            output_loss=self.config.output_loss,
+        )
 
     def _with_router_loss(
         self, loss: Tensor, outputs: ModelOutput, attention_mask: Any

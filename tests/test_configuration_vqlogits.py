@@ -145,6 +145,7 @@ def test_use_cache_is_the_backbones():
             {"embeddings": "vq", "code_type": "index", "codebook_size": 9},
             "`embedding_codebooks` must be at least 1 .* beside a head of index codes.* got None",
         ),
+        ({"output_loss": "hinge"}, r"`output_loss` must be one of \('cross_.* got 'hinge'"),
         ({"refine_top_k": -1}, "`refine_top_k` must lie between 0 and .* 61, got -1"),
         ({"refine_top_k": 62}, "`refine_top_k` must lie between 0 and .* 61, got 62"),
         ({"refine_deviations": -0.5}, "`refine_deviations` must be finite and not .* got -0.5"),

@@ -366,6 +366,49 @@ def test_loss_shifts_labels(make_model, ids, family, head):
     same(loss(shift_labels=shifted.flatten(), num_items_in_batch=7), total / 7)
 
 
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+def test_the_loss_may_be_a_margin(make_model, ids, head, tmp_path):
+    model, labels = make_model("llama", output_loss="squared_hinge", **head), labels_for(ids)
+    logits = reference_logits(model.lm_head, model.model(ids).last_hidden_state)
+    rows, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    signs = torch.where(targets[:, None] == torch.arange(VOCABULARY), 1.0, -1.0)
+    losses = torch.clamp(1 - signs * rows, min=0).square().sum(1)[targets != -100]
+    torch.testing.assert_close(
+        model(ids, labels=labels).loss.double(), losses.mean(), atol=1e-2, rtol=1e-2
+    )
+    found = model(ids, labels=labels, num_items_in_batch=50, skip_logits=True).loss.double()
+    torch.testing.assert_close(found, losses.sum() / 50, atol=1e-2, rtol=1e-2)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.output_loss == "squared_hinge"
+    assert torch.equal(loaded(ids, labels=labels).loss, model(ids, labels=labels).loss)
+
+
+@pytest.mark.parametrize(
+    "head", [HEADS["sign"], HEADS["nested"], HEADS["index"], HEADS["one codebook"]]
+)
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_a_model_of_margins_starts_near_its_optimum_and_learns(ids, head, scale):
+    torch.manual_seed(0)
+    fields = {"output_loss": "squared_hinge", "logit_scale": scale, **head}
+    fields["num_fine_tokens"] = 0
+    config = VQLogitsConfig(text_config=text_config("llama"), **fields)
+    model = VQLogitsForCausalLM(config)
+    # All tokens at -1: the label alone is wrong, by (1 + 1)^2.
+    before = float(model(ids, labels=ids).loss)
+    assert before == pytest.approx(4, abs=1)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        model(ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert float(model(ids, labels=ids).loss) < before - 0.5
+    if model.lm_head.nested_codebooks:
+        model.keep_codebooks(4)
+        model.lm_head.codebook.data[1:] = 0
+        assert float(model.lm_head(torch.zeros(1, 32)).mean()) == pytest.approx(-1, abs=0.1)
+
+
 def test_logits_are_skipped_in_training_with_labels_only(make_model, ids):
     model = make_model("llama")
     assert model(ids, labels=ids).logits is not None

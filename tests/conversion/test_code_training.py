@@ -354,6 +354,16 @@ def test_options_out_of_range(model, options, message):
         CodeLearner(model, **options)
 
 
+def test_a_margin_has_no_codes_to_learn(make_model):
+    model = make_model("llama", output_loss="squared_hinge").train()
+    learner = CodeLearner(model)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ConversionError, match="but `output_loss` is 'squared_hinge'"):
+        model(ids, labels=ids)
+    learner.close()
+    assert model(ids, labels=ids).loss > 0
+
+
 def test_heads_that_cannot_learn_are_refused(make_model):
     dense = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=1))
     with pytest.raises(ConversionError, match="GPT2LMHeadModel has no `VQLogitsHead`"):
