@@ -69,8 +69,10 @@ def whitened_low_rank(layer: Layer, quick: bool) -> Settings:
 def torchao(layer: Layer, quick: bool) -> Settings:
     """Its integers, weight-only."""
     yield "int8, scale a row", torchao_weights(layer.weight, 8)
+    size = layer.weight.shape[1]
     for group in (64,) if quick else (128, 64, 32):
-        yield f"int4, groups of {group}", torchao_weights(layer.weight, 4, group=group)
+        if size % group == 0:  # it takes no other
+            yield f"int4, groups of {group}", torchao_weights(layer.weight, 4, group=group)
 
 
 def hqq(layer: Layer, quick: bool) -> Settings:
