@@ -181,6 +181,28 @@ def speed() -> str:
     return table(header, map(cells, results("speed")["rows"]))
 
 
+def memory() -> str:
+    """Memory of the training loss beside other layers; nothing where it is not measured."""
+    if not (RESULTS / "memory.json").exists():
+        return ""
+    names = {
+        "quantised": "VQ-Logits",
+        "dense_float32": "dense float32",
+        "dense_bfloat16": "dense bfloat16",
+        "adaptive softmax": "adaptive softmax",
+    }
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield f"{row['rows']:,}"
+        yield from (f"{row['bytes'][name] / 1e6:,.0f} MB" for name in names)
+        yield " / ".join(
+            f"{row[f'times_less_than_{kind}']:.1f}x" for kind in ("float32", "bfloat16")
+        )
+
+    header = f"rows | {' | '.join(names.values())} | less than float32 / bfloat16"
+    return table(header, map(cells, results("memory")["rows"]))
+
+
 def refined() -> str:
     """What scoring the best logits again does to one model; nothing where it is not measured."""
     if not (RESULTS / "refined.json").exists():
@@ -262,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "finetuning": finetuning,
     "finetuned": finetuned,
     "speed": speed,
+    "memory": memory,
     "refined": refined,
     "gru-svm": gru_svm,
     "gru-svm claims": gru_svm_claims,
