@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from hf_vqlogits.conversion.corpus import Corpus
 from hf_vqlogits.conversion.errors import ConversionError
-from hf_vqlogits.conversion.held_out import check_length, long_enough, rows_of_step, split
+from hf_vqlogits.conversion.held_out import check_length, keep_out, long_enough, rows_of_step, split
 
 
 def test_what_is_kept_out_is_never_trained_on():
@@ -44,3 +45,17 @@ def test_too_little_text():
     message = "needs at least 1,343 tokens .* there are 1,326; give more text or `some_steps` 0"
     with pytest.raises(ConversionError, match=message):
         check_length(blocks[:78], "some_steps")
+
+
+def test_what_is_kept_out_is_in_no_other_text():
+    blocks = torch.arange(120 * 17).view(120, 17)
+    corpus = Corpus(blocks, blocks[:3], "text", "text", [])
+    kept = keep_out(corpus, 0)
+    assert kept.kept_out is not None
+    assert 0 < len(kept.kept_out) <= 120 // 5
+    both = torch.cat([kept.calibration, kept.kept_out])
+    assert torch.equal(both[both[:, 0].argsort()], blocks)
+    assert (kept.calibration[:, 0].diff() > 0).all()  # in the order of the text
+    assert torch.equal(kept.evaluation, corpus.evaluation)
+    assert corpus.kept_out is None
+    assert not torch.equal(keep_out(corpus, 1).kept_out, kept.kept_out)

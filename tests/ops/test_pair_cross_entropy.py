@@ -53,12 +53,13 @@ def test_rows_whose_sums_vanish_are_computed_from_their_logits(dtype):
     """No token has the best codewords of both books, and all others lie e^-200 below."""
     codes = CODES.clone()
     codes[(codes[:, 0] == 2) & (codes[:, 1] == 3), 1] = 4
-    scores = torch.zeros(3, 2, K)
+    scores = torch.zeros(4, 2, K)
     scores[1, 0, 2] = scores[1, 1, 3] = 200.0
     scores[2, 0, 2] = scores[2, 1, 3] = 40.0
+    scores[3, 0, 2] = scores[3, 1, 3] = 100.0  # e^-100 is a float32 of four binary digits
     codebook = scores.permute(1, 2, 0).to(dtype).requires_grad_()
     head = {"codebook": codebook, "codebook_bias": torch.zeros(2, K, dtype=dtype)}
-    labels, hidden = torch.tensor([3, 5, 7]), torch.eye(3, dtype=dtype)
+    labels, hidden = torch.tensor([3, 5, 7, 9]), torch.eye(4, dtype=dtype)
     loss = ops.linear_cross_entropy(
         hidden, labels, **head, codes=codes, code_type="index", reduction="none"
     )
@@ -69,7 +70,7 @@ def test_rows_whose_sums_vanish_are_computed_from_their_logits(dtype):
     (gradient,) = torch.autograd.grad(loss.sum(), codebook)
     slope = torch.softmax(logits, 1) - torch.nn.functional.one_hot(labels, V)
     for book in range(2):
-        expected = torch.zeros(3, K, dtype=torch.float64)
+        expected = torch.zeros(4, K, dtype=torch.float64)
         expected.index_add_(1, codes[:, book].long(), slope.detach())
         found = gradient[book].T.double()
         torch.testing.assert_close(found, expected, rtol=rough, atol=rough)
