@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from hf_vqlogits.gates import LINEAR
 from hf_vqlogits.gaussian_moe.em import em
-from hf_vqlogits.gaussian_moe.gates import LINEAR
 from hf_vqlogits.gaussian_moe.mixture import TENSORS, Mixture
 from hf_vqlogits.gaussian_moe.scoring import score_ascent
 from hf_vqlogits.gaussian_moe.starts import perturbed

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from hf_vqlogits.conversion.checkpoint import check_output, whole_or_nothing
 from hf_vqlogits.conversion.errors import ConversionError
+from hf_vqlogits.gates import ACTIVATIONS
 from hf_vqlogits.gaussian_moe import (
     GaussianMoEConfig,
     GaussianMoEModel,
     TemperatureSchedule,
     fit_em,
 )
-from hf_vqlogits.gaussian_moe.gates import ACTIVATIONS
 
 
 def read_table(file: Path) -> dict[str, np.ndarray]:

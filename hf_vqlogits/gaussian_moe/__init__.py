@@ -1,8 +1,8 @@
 """Gaussian mixture of experts with a dense-to-sparse gate.
 
-`gates.py` and `mixture.py` are the mathematics; `em.py` and `scoring.py` fit many mixtures at once;
-`modeling_gaussian_moe.py` is one mixture as a model of Transformers; `voronoi.py` measures how far
-fitted parameters are from true ones. See docs/gaussian_moe.md.
+`mixture.py`, and the gates one level up, are the mathematics; `em.py` and `scoring.py` fit many
+mixtures at once; `modeling_gaussian_moe.py` is one mixture as a model of Transformers; `voronoi.py`
+measures how far fitted parameters are from true ones. See docs/gaussian_moe.md.
 """
 
 from .configuration_gaussian_moe import GaussianMoEConfig

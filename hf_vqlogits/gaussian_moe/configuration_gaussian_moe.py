@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .gates import LINEAR, check_activation, check_temperature
+from ..gates import LINEAR, check_activation, check_temperature
 
 
 @strict

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .gates import activation_slope
+from ..gates import activation_slope
 from .mixture import Mixture
 
 HALVINGS = 8

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gates import LINEAR, gate_scores
+from ..gates import LINEAR, gate_scores
 
 TENSORS = ("slopes", "biases", "log_temperature", "coefficients", "intercepts", "factors")
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
+from ..gates import DenseToSparseGate
 from ..loading import readable_file_errors, refuse_mismatched
 from .configuration_gaussian_moe import GaussianMoEConfig
 from .data import check_finite, columns
-from .gates import DenseToSparseGate
 from .mixture import Mixture
 
 AT_THE_FLOOR = 1.1  # a deviation below so many times the least one counts as collapsed

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .gates import check_temperature
+from ..gates import check_temperature
 
 
 @dataclass(frozen=True)

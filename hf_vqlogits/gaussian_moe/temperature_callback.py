@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .gates import DenseToSparseGate
+from ..gates import DenseToSparseGate
 from .temperature import TemperatureSchedule
 
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .gates import LINEAR
+from ..gates import LINEAR
 from .mixture import Mixture
 
 PARAMETERS = ("slopes", "temperature", "coefficients", "intercepts", "covariances")

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixtures import random_data, random_mixture
 
+from hf_vqlogits.gates import ACTIVATIONS, gate_scores
 from hf_vqlogits.gaussian_moe.em import em, expert_step, floored, gate_features, gate_step
-from hf_vqlogits.gaussian_moe.gates import ACTIVATIONS, gate_scores
 from hf_vqlogits.gaussian_moe.starts import perturbed
 from hf_vqlogits.gaussian_moe.temperature import TemperatureSchedule
 

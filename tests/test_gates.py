@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vqlogits.gaussian_moe.gates import (
+from hf_vqlogits.gates import (
     ACTIVATIONS,
     DenseToSparseGate,
     activation_slope,

@@ -38,14 +38,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def check_activation(name: str) -> None:
+def check_activation(value: str, name: str = "activation") -> None:
     """Refuse an unknown activation.
+
+    Args:
+        value: the activation.
+        name: of the argument, for the message.
 
     Raises:
         ValueError: names those that exist.
     """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {tuple(ACTIVATIONS)}, got {name!r}.")
+    if value not in ACTIVATIONS:
+        raise ValueError(f"`{name}` must be one of {tuple(ACTIVATIONS)}, got {value!r}.")
 
 
 def check_temperature(value: float, name: str = "temperature") -> None:
