@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_vqlogits import VQLogitsHead
+from hf_vqlogits import VQLogitsHead, VQLogitsMixtureHead
 from hf_vqlogits.embedding import VQEmbedding
 
 from .calibration import CalibrationStatistics
@@ -67,6 +67,10 @@ def assess(
     for one in (head, *rungs.values()):
         one.to(dtype)
     fields: dict[str, Any] = {"embeddings": embeddings}
+    if isinstance(head, VQLogitsMixtureHead):
+        fields["num_mixtures"] = head.num_mixtures
+        fields["gate_activation"] = head.gate_activation
+        fields["gate_temperature"] = head.gate_temperature
     input_tensors = [table]
     if embedding is not None:
         embedding.to(table.dtype)
@@ -125,6 +129,7 @@ def assess(
         num_codebooks=size.num_codebooks,
         codebook_size=size.codebook_size,
         num_fine_tokens=size.num_fine_tokens,
+        num_mixtures=head.num_mixtures,
         bits_per_token=storage["bits_per_token"],
         bits_per_weight=storage["bits_per_weight"],
         param_reduction=1 - storage["float_parameters"] / dense_parameters,

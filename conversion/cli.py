@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_vqlogits.configuration_vqlogits import EMBEDDINGS
+from hf_vqlogits.gates import ACTIVATIONS, LINEAR
 
 from .convert import DISTILL_STEPS, INPUT_DISTILL_STEPS, REFINE_AGREEMENT, convert_to_vq
 from .corpus import CALIBRATION_TOKENS, SELF_TOKENS
@@ -122,6 +123,27 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="steps, of about 1,000 tokens, of training the codebooks of both sides through the "
         f"body (vq, tied); default {INPUT_DISTILL_STEPS} for signs, else 0",
+    )
+    p.add_argument(
+        "--num-mixtures",
+        metavar="M",
+        type=int,
+        default=1,
+        help="split the finished output layer into a mixture of M softmaxes over its codebook, and "
+        "distil that as well; default 1, none",
+    )
+    p.add_argument(
+        "--gate-activation",
+        default=LINEAR,
+        choices=ACTIVATIONS,
+        help=f"of the mixture's gate; default {LINEAR}",
+    )
+    p.add_argument(
+        "--gate-temperature",
+        type=float,
+        default=1.0,
+        help="of the mixture's gate: large shares every position among all, small chooses one; "
+        "default 1",
     )
     p.add_argument(
         "--refine-top-k",

@@ -265,6 +265,11 @@ def trainable_head(model: nn.Module) -> VQLogitsHead:
             f"Codes are learnt for sign codes only, and this head's `code_type` is "
             f"{head.code_type!r}; convert the model with the method 'signs', or leave its codes."
         )
+    if head.num_mixtures > 1:
+        raise ConversionError(
+            f"Codes are learnt for one softmax, and this head is a mixture of {head.num_mixtures}; "
+            "learn them before `split_head`, or leave them."
+        )
     if any(isinstance(m, VQEmbedding) and m.codes is head.codes for m in model.modules()):
         raise ConversionError(
             "The head's codes are the input embedding's too (`embeddings` 'tied'), whose part in "

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.configuration_vqlogits import EMBEDDINGS
+from hf_vqlogits.gates import LINEAR
 
 from .assessment import assess
 from .calibration import CalibrationStatistics
@@ -31,6 +32,7 @@ from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
 from .held_out import check_length, keep_out, long_enough
+from .mixing import check_mixture, mix
 from .nested_sizes import check_nested, choose_nested_size
 from .nesting import nested_heads, state_files
 from .quantise import LADDER, REREADINGS, Quantiser
@@ -71,6 +73,9 @@ def convert_to_vq(
     embeddings: str = "keep",
     embedding_bits: int | None = None,
     input_distill_steps: int | None = None,
+    num_mixtures: int = 1,
+    gate_activation: str = LINEAR,
+    gate_temperature: float = 1.0,
     refine_top_k: int = 0,
     refine_agreement: float = REFINE_AGREEMENT,
     ladder: bool = False,
@@ -127,6 +132,13 @@ def convert_to_vq(
         input_distill_steps: steps, of about a thousand positions each, of training the codebooks
             of input embedding and output layer together, through the body, with `"vq"` or
             `"tied"`; default 128 for signs where the text is long enough, else 0.
+        num_mixtures: M, split the finished head into a mixture of M softmaxes that share its
+            codebook and codes, and distil that by as many steps again; 1 for none. Not with
+            `nested` or `refine_top_k`.
+        gate_activation: of the mixture's gate: `"linear"`, `"sigmoid"`, `"tanh"`, `"gelu"` or
+            `"silu"`.
+        gate_temperature: of the mixture's gate: large values share every position among all
+            components, small ones choose one.
         refine_top_k: score so many tokens of the largest logits again by rows of the dense output
             layer, which stay in the model for it (in tied models with `embeddings` `"keep"` they
             are the input embedding's); 0 for none. Not with `nested`.
@@ -177,6 +189,12 @@ def convert_to_vq(
         _check_range("distill_steps", distill_steps, 0)
     if state_file is not None:
         check_state_file(state_file, distill_steps, input_distill_steps)
+    gate: dict[str, Any] = {
+        "num_mixtures": num_mixtures,
+        "gate_activation": gate_activation,
+        "gate_temperature": gate_temperature,
+    }
+    check_mixture(**gate, nested=nested, refine_top_k=refine_top_k)
     _check_refinement(refine_top_k, refine_agreement, nested)
     _check_range("seed", seed, 0, LAST_SEED)
     if folder is not None:
@@ -249,6 +267,16 @@ def convert_to_vq(
         if distill_steps:
             with quantiser.timed("distillation"):
                 quantiser.distill(head, distill_steps, statistics, state_file=files.get(size))
+    if num_mixtures > 1:
+        head = mix(
+            quantiser,
+            head,
+            size,
+            statistics,
+            distill_steps=distill_steps,
+            state_file=files.get(size),
+            **gate,
+        )
     refined = None
     if refine_top_k:
         with quantiser.timed("refinement"):

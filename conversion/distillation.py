@@ -1,7 +1,8 @@
 """Distillation: KL to the dense layer on hidden states of the calibration text, body frozen.
 
 Sign codes are learnt first (`code_learning.py`), then codebook and biases by Adam; index codes
-stay. The head that was best on positions kept out of the training is the result.
+stay, and those of a mixture, all of whose floats are trained. The head that was best on positions
+kept out of the training is the result.
 """
 
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.ops import eager
 
 from .code_learning import (
+    CHUNK_BYTES,
     Logits,
     levels_of,
     move_codes,
     slope_in_scores,
     slope_of_divergence,
 )
-from .distillation_state import HEAD, fingerprint
+from .distillation_state import HEAD, MIXTURE, fingerprint
 from .held_out import POSITIONS, rows_of_step, split
 from .metric import TokenMetric
 from .precision import product_dtype
@@ -55,7 +57,7 @@ def distill(
         states: hidden states of the calibration text.
         teacher: the original logits (n, V) of hidden states (n, d).
         steps: of about a thousand positions each.
-        metric: of the fit; without one, or with index codes, the codes stay.
+        metric: of the fit; without one, with index codes or in a mixture, the codes stay.
         frozen_bits: bits of each code, the first ones, that stay: those of a smaller head inside.
         seed: of the order of the text and of what is kept out.
         learning_rate: of Adam, in units of the codebook's root mean square; falls to zero along
@@ -75,8 +77,9 @@ def distill(
     training = _HeadTraining(head, states, teacher, steps, seed, notify, advance)
     options = (steps, seed, learning_rate, frozen_bits)
     key = fingerprint([*head.state_dict().values(), states.blocks], options)
-    training.begin(state_file, HEAD, key)
-    if metric is not None and head.code_type == "sign":
+    plain = head.num_mixtures == 1
+    training.begin(state_file, HEAD if plain else MIXTURE, key)
+    if metric is not None and head.code_type == "sign" and plain:
         training.learn_codes(metric, int(CODE_SHARE * steps), frozen_bits)
     if learning_rate is None:
         learning_rate = training.rate(head.num_codebooks)
@@ -133,24 +136,26 @@ class _HeadTraining(Training):
             self.keep()
 
     def train_codebook(self, learning_rate: float) -> None:
-        """Adam on codewords and biases, for all steps that are left."""
+        """Adam on codewords, biases and all else that is trained, for all steps that are left."""
         head = self._head
         steps = range(self._code_steps_made, len(self._order) // self._rows)
         levels = None
-        if head.code_type == "sign":
+        if head.code_type == "sign" and head.num_mixtures == 1:
             levels = levels_of(head).to(product_dtype(head.codes.device))
 
         def backward(step: int) -> None:
             for hidden in self._advancing(step, step + 1):
                 self._backward(hidden, levels)
 
-        self.descend((head.codebook, head.codebook_bias), learning_rate, steps, backward)
+        self.descend(head.parameters(), learning_rate, steps, backward)
 
     def _backward(self, hidden: Tensor, levels: Tensor | None) -> None:
-        """Gradients of the mean divergence in codewords and biases; levels of sign codes."""
+        """Gradients of the mean divergence; levels of the sign codes of a plain head."""
         head = self._head
         if levels is None:
-            (divergence(self._teacher(hidden), head(hidden)) / len(hidden)).backward()
+            at_once = max(1, CHUNK_BYTES // (4 * head.out_features * head.num_mixtures))
+            for some in hidden.split(at_once):
+                (divergence(self._teacher(some), head(some)) / len(hidden)).backward()
             return
         scores = eager.scores(
             hidden, head.codebook.float(), head.codebook_bias.float(), scale=head.score_scale

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import ConversionError
 
-HEAD, END_TO_END = "head", "end to end"  # the stages
+HEAD, MIXTURE, END_TO_END = "head", "mixture", "end to end"  # the stages, in their order
 FORMAT = "stages of a distillation"
 
 
@@ -74,13 +74,13 @@ def save_state(file: Path, stage: str, key: str, state: dict[str, Any]) -> None:
 
 
 def load_state(file: Path, stage: str, key: str) -> dict[str, Any] | None:
-    """The state of a stage in the file; None where there is no file, or only the stage before.
+    """The state of a stage in the file; None where there is no file, or only stages before it.
 
     Raises:
         ConversionError: the file is of another run, or damaged.
     """
     stages = _read(file) if file.exists() else {}
-    if not stages or (stage == END_TO_END and stage not in stages):
+    if not stages or (stage != HEAD and stage not in stages):
         return None
     if stage not in stages or stages[stage]["key"] != key:
         raise ConversionError(

@@ -43,6 +43,7 @@ class ConversionReport:
         num_codebooks: R for sign codes, G for index codes.
         codebook_size: K.
         num_fine_tokens: tokens with a second sign code.
+        num_mixtures: softmaxes over the codebook that the output layer mixes.
         bits_per_token: mean length of a token's code.
         bits_per_weight: that over d.
         param_reduction: 1 - floats of codebook and biases / (V d), as the paper counts.
@@ -108,6 +109,7 @@ class ConversionReport:
     embedding_before: dict[str, int]
     embedding_after: dict[str, int]
     seed: int
+    num_mixtures: int = 1
     perplexity: dict[str, float] | None = None
     perplexity_bound: float | None = None
     greedy_agreement: float | None = None
@@ -304,6 +306,8 @@ class ConversionReport:
                 codes += f"; inside it R = {inside}"
         else:
             codes = f"index, G = {self.num_codebooks:,}, K = {self.codebook_size:,}"
+        if self.num_mixtures > 1:
+            codes += f", a mixture of {self.num_mixtures} softmaxes"
         vocabulary = f"V = {self.vocab_size:,}, d = {self.hidden_size:,}"
         if self.padded_tokens:
             vocabulary += f" ({self.padded_tokens:,} rows above the tokenizer's ids)"
@@ -329,6 +333,9 @@ class ConversionReport:
             facts.append((f"coverage of {NAMES[name]}", str(found)))
         if self.distillation is not None:
             facts.append(("distillation", self.distillation))
+        mixture = self._told("mixture", "the dense layer", "")
+        if mixture is not None:
+            facts.append(("distillation of the mixture", mixture))
         if self.end_to_end is not None:
             facts.append(("end-to-end distillation", self.end_to_end))
         if self.refinement is not None:

@@ -7,6 +7,7 @@ from ._version import __version__
 from .configuration_vqlogits import VQLogitsConfig
 from .head import VQLogitsHead
 from .integrations.transformers import register
+from .mixture import VQLogitsMixtureHead
 from .modeling_vqlogits import VQLogitsForCausalLM, VQLogitsModel
 
 register()
@@ -15,6 +16,7 @@ __all__ = [
     "VQLogitsConfig",
     "VQLogitsForCausalLM",
     "VQLogitsHead",
+    "VQLogitsMixtureHead",
     "VQLogitsModel",
     "__version__",
 ]

@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .gates import LINEAR, check_activation, check_temperature
+
 CODE_TYPES = ("sign", "index")
 EMBEDDINGS = ("keep", "vq", "tied")
 OUTPUT_LOSSES = ("cross_entropy", "squared_hinge")
@@ -54,6 +56,15 @@ class VQLogitsConfig(PreTrainedConfig):
             rest: the sum over all tokens of max(0, 1 - y logit)^2, y = +1 for the label and -1 for
             the others (Agarap 2017). Logits are then margins around -1 and no longer
             log-probabilities; a head made with it has a codeword that all tokens share.
+        num_mixtures (`int`, *optional*, defaults to 1):
+            M: the distribution is a mixture of M softmaxes that share the codebook, and what the
+            head returns are log-probabilities; see [`VQLogitsMixtureHead`]. 1 is one softmax.
+        gate_activation (`str`, *optional*, defaults to `"linear"`):
+            What the gate's linear part goes through before its bias is added: `"linear"`,
+            `"sigmoid"`, `"tanh"`, `"gelu"` or `"silu"`. Without effect where M is 1.
+        gate_temperature (`float`, *optional*, defaults to 1.0):
+            What the gate's scores are divided by: large values share every position among all
+            components, small ones choose one.
         refine_top_k (`int`, *optional*, defaults to 0):
             T, how many tokens of the largest quantised logits are scored again by rows of the dense
             output weight, outside of training; 0 to V, 0 without such rows. A checkpoint that has
@@ -97,6 +108,9 @@ class VQLogitsConfig(PreTrainedConfig):
     embedding_codebooks: int | None = None
     embedding_fine_tokens: int = 0
     output_loss: str = "cross_entropy"
+    num_mixtures: int = 1
+    gate_activation: str = LINEAR
+    gate_temperature: float | int = 1.0
     refine_top_k: int = 0
     refine_deviations: float | int | None = None
     refine_with_embedding: bool = False
@@ -210,6 +224,7 @@ class VQLogitsConfig(PreTrainedConfig):
                 f"`final_logit_softcapping` must be positive and finite, or None, got {cap}."
             )
         self._validate_embeddings()
+        self._validate_mixture()
         self._validate_refinement()
 
     def _validate_nested(self) -> None:
@@ -264,6 +279,22 @@ class VQLogitsConfig(PreTrainedConfig):
                 "`embedding_codebooks` must be at least 1 with `embeddings` 'vq' (and is needed "
                 f"beside a head of index codes), got {terms}."
             )
+
+    def _validate_mixture(self) -> None:
+        if self.num_mixtures < 1:
+            raise ValueError(f"`num_mixtures` must be at least 1, got {self.num_mixtures}.")
+        check_activation(self.gate_activation, "gate_activation")
+        check_temperature(self.gate_temperature, "gate_temperature")
+        if self.num_mixtures == 1:
+            return
+        plain = {"output_loss": "cross_entropy", "nested_codebooks": [], "refine_top_k": 0}
+        for field, wanted in plain.items():
+            if getattr(self, field) != wanted:
+                raise ValueError(
+                    f"`num_mixtures` {self.num_mixtures} goes with `{field}` {wanted!r} only, got "
+                    f"{getattr(self, field)!r}: a mixture's logits are log-probabilities of one "
+                    "size, whose errors are not known token by token."
+                )
 
     def _validate_refinement(self) -> None:
         if not 0 <= self.refine_top_k <= self.vocab_size:

@@ -21,7 +21,7 @@ A head of sign codes may hold smaller ones (`nested.py`): their codes are the fi
 has a codebook of its own, which is no parameter and takes no part until the head is cut to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -99,11 +99,17 @@ class VQLogitsHead(CodedLayer):
 
     def __init__(self, config: HeadConfig):
         super().__init__()
+        self._register(config)
+        self.reset_parameters()
+
+    def _register(self, config: HeadConfig) -> None:
+        """All parameters, buffers and sizes, the tensors not yet filled."""
         self.code_type = config.code_type
         self.num_codebooks = config.num_codebooks
         self.codebook_size = config.codebook_size
         self.score_scale = score_scale(config.num_codebooks)
         self.in_features = config.hidden_size
+        self.num_mixtures = 1
         self.logit_scale = config.logit_scale
         self.final_logit_softcapping = config.final_logit_softcapping
         if self.code_type == "sign":
@@ -123,7 +129,6 @@ class VQLogitsHead(CodedLayer):
         self._register_codes(codes, config.num_fine_tokens)
         self.register_buffer("hidden_mean", torch.empty(self.in_features))
         self.register_buffer("fold_direction", torch.empty(self.in_features))
-        self.reset_parameters()
 
     @property
     def out_features(self) -> int:
@@ -280,50 +285,84 @@ class VQLogitsHead(CodedLayer):
         positions = hidden_states.shape[:-1]
         rows = hidden_states.reshape(-1, self.in_features)
         if labels is None:
-            logits = ops.logits(
-                rows,
-                codebook=self.codebook,
-                codebook_bias=self.codebook_bias,
-                codes=self.codes,
-                code_type=self.code_type,
-                scale=self.score_scale,
-                fine_ids=self.fine_ids,
-                fine_codes=self.fine_codes,
-            )
-            return self.postprocess(logits).view(*positions, self.out_features)
+            return self._logits(rows).view(*positions, self.out_features)
         if labels.shape != positions:
             raise ValueError(
                 f"`labels` must have the shape of the positions {tuple(positions)}, got "
                 f"{tuple(labels.shape)}."
             )
-        options: dict[str, Any] = {
-            "codebook": self.codebook,
-            "codebook_bias": self.codebook_bias,
-            "codes": self.codes,
-            "code_type": self.code_type,
-            "fine_ids": self.fine_ids,
-            "fine_codes": self.fine_codes,
-            "score_scale": self.score_scale,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "logit_scale": self.logit_scale,
-            "final_logit_softcapping": self.final_logit_softcapping,
-            "num_items_in_batch": num_items_in_batch,
-        }
+        if output_loss not in OUTPUT_LOSSES:
+            raise ValueError(f"`output_loss` must be one of {OUTPUT_LOSSES}, got {output_loss!r}.")
+        loss = self._loss(
+            rows,
+            labels.reshape(-1),
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            num_items_in_batch=num_items_in_batch,
+            output_loss=output_loss,
+        )
+        return loss.view(positions) if reduction == "none" else loss
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """Final logits (N, V) of hidden states (N, d)."""
+        logits = ops.logits(
+            rows,
+            codebook=self.codebook,
+            codebook_bias=self.codebook_bias,
+            scale=self.score_scale,
+            **self._coded(),
+        )
+        return self.postprocess(logits)
+
+    def _loss(self, rows: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """The loss of hidden states (N, d) and labels (N,), with all other options of `forward`."""
+        return self._loss_by(self.codebook, self.codebook_bias, rows, labels, **options)
+
+    def _loss_by(
+        self,
+        codebook: Tensor,
+        codebook_bias: Tensor,
+        rows: Tensor,
+        labels: Tensor,
+        *,
+        label_smoothing: float,
+        z_loss: float,
+        output_loss: str,
+        **options: Any,
+    ) -> Tensor:
+        """The same by a codebook and biases in the place of the head's own."""
+        loss: Callable[..., Tensor] = ops.linear_cross_entropy
         if output_loss == "squared_hinge":
             if label_smoothing or z_loss:
                 raise ValueError(
                     "`label_smoothing` and `z_loss` are of the cross-entropy; with `output_loss` "
                     f"'squared_hinge' both must be 0, got {label_smoothing} and {z_loss}."
                 )
-            loss = ops.linear_squared_hinge(rows, labels.reshape(-1), **options)
-        elif output_loss == "cross_entropy":
-            loss = ops.linear_cross_entropy(
-                rows, labels.reshape(-1), **options, label_smoothing=label_smoothing, z_loss=z_loss
-            )
+            loss = ops.linear_squared_hinge
         else:
-            raise ValueError(f"`output_loss` must be one of {OUTPUT_LOSSES}, got {output_loss!r}.")
-        return loss.view(positions) if reduction == "none" else loss
+            options |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        return loss(
+            rows,
+            labels,
+            codebook=codebook,
+            codebook_bias=codebook_bias,
+            score_scale=self.score_scale,
+            logit_scale=self.logit_scale,
+            final_logit_softcapping=self.final_logit_softcapping,
+            **self._coded(),
+            **options,
+        )
+
+    def _coded(self) -> dict[str, Any]:
+        """The codes, as the operations take them."""
+        return {
+            "codes": self.codes,
+            "code_type": self.code_type,
+            "fine_ids": self.fine_ids,
+            "fine_codes": self.fine_codes,
+        }
 
     def topk(self, hidden_states: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits of every position and their tokens, without the N x V logits.
@@ -347,11 +386,8 @@ class VQLogitsHead(CodedLayer):
             k,
             codebook=self.codebook,
             codebook_bias=self.codebook_bias,
-            codes=self.codes,
-            code_type=self.code_type,
             scale=self.score_scale,
-            fine_ids=self.fine_ids,
-            fine_codes=self.fine_codes,
+            **self._coded(),
         )
         shape = (*hidden_states.shape[:-1], k)
         return self.postprocess(values).view(shape), tokens.view(shape)
@@ -439,7 +475,8 @@ class VQLogitsHead(CodedLayer):
 
         Returns:
             `bits_per_token` (the mean, where some tokens have a second code), `bits_per_weight`
-            (that over d), `float_parameters` (codebook and biases), and bytes by part:
+            (that over d), `float_parameters` (codebook, biases and what else is trained), and bytes
+            by part:
             `codes_bytes` (with those of `fine_ids`), `codebook_bytes`, `nested_bytes` (codebooks
             of smaller heads inside), `total_bytes`.
         """
@@ -447,7 +484,7 @@ class VQLogitsHead(CodedLayer):
             bits = self.num_codebooks * (1 + self.num_fine_tokens / self.out_features)
         else:
             bits = self.num_codebooks * (self.codebook_size - 1).bit_length()
-        floats = (self.codebook, self.codebook_bias)
+        floats = [*self.parameters()]
         codebook_bytes = sum(t.numel() * t.element_size() for t in floats)
         nested_floats = sum(self.nested_codebooks) * (self.in_features + 1)
         nested_bytes = nested_floats * self.codebook.element_size()

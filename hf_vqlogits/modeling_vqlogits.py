@@ -1,5 +1,6 @@
 """Causal language models with a vector-quantised output layer, for any decoder of Transformers."""
 
+import copy
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_vqlogits import VQLogitsConfig
 from .dense import DenseModel, to_dense
 from .embedding import VQEmbedding
+from .gates import LINEAR
 from .generation import VQLogitsGenerationMixin
 from .head import VQLogitsHead
 from .loading import (
@@ -28,6 +30,7 @@ from .loading import (
     refuse_mismatched,
     refuse_unexpected,
 )
+from .mixture import VQLogitsMixtureHead, output_layer, split
 from .nested import check_stored
 from .refinement import Refinement, rows_of
 from .resizing import resized_codes, resized_embedding_codes, resized_vocabulary
@@ -266,7 +269,7 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
         super().__init__(config)
         self.model = VQLogitsModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = VQLogitsHead(config)
+        self.lm_head = output_layer(config)
         self.refinement = Refinement(config) if config.refine_top_k else None
         if config.embeddings == "tied":
             self._tied_weights_keys = self.shared_names()
@@ -295,7 +298,6 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
                 f"{type(new_embeddings).__name__}; `model.to_dense()` gives a model with a linear "
                 "one."
             )
-        self.lm_head = new_embeddings
         if self.refinement is not None:
             embedding: Any = self.get_input_embeddings()
             own = self.refinement.weight
@@ -304,7 +306,45 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
             scale = 0.0 if capped else new_embeddings.logit_scale
             self.refinement.follow(*new_embeddings.to_linear(), dense, logit_scale=scale)
             self.config.refine_deviations = None
+        self.lm_head = new_embeddings
+        self.config.num_mixtures = new_embeddings.num_mixtures
+        if isinstance(new_embeddings, VQLogitsMixtureHead):
+            self.config.gate_activation = new_embeddings.gate_activation
+            self.config.gate_temperature = new_embeddings.gate_temperature
         self.follow_parts()
+
+    def split_head(
+        self,
+        num_mixtures: int,
+        *,
+        gate_activation: str = LINEAR,
+        gate_temperature: float = 1.0,
+        seed: int = 0,
+    ) -> VQLogitsMixtureHead:
+        """Make the head a mixture of softmaxes that computes nearly the same, to be trained.
+
+        Codebook and codes stay the same objects; make an optimiser after it.
+
+        Args:
+            num_mixtures: M, at least 2.
+            gate_activation: as in [`VQLogitsConfig`].
+            gate_temperature: likewise.
+            seed: of the small differences between components.
+
+        Returns:
+            The new head.
+
+        Raises:
+            ValueError: the head is a mixture already, or an option is out of its range or does not
+                go with the configuration; nothing was changed.
+        """
+        config = copy.copy(self.config)
+        config.num_mixtures = num_mixtures
+        config.gate_activation, config.gate_temperature = gate_activation, gate_temperature
+        config.validate_architecture()
+        mixture = split(self.lm_head, config, seed)
+        self.set_output_embeddings(mixture)
+        return mixture
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the input embedding; the configuration says then what it is.

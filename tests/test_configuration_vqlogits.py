@@ -158,6 +158,21 @@ def test_use_cache_is_the_backbones():
             {"refine_top_k": 4, "num_codebooks": 9, "nested_codebooks": [3]},
             r"`refine_top_k` must be 0 beside `nested_codebooks` \[3\], got 4",
         ),
+        ({"num_mixtures": 0}, "`num_mixtures` must be at least 1, got 0"),
+        ({"gate_activation": "relu"}, "`gate_activation` must be one of .*, got 'relu'"),
+        ({"gate_temperature": 0.0}, "`gate_temperature` must be positive and finite, got 0.0"),
+        (
+            {"num_mixtures": 2, "output_loss": "squared_hinge"},
+            "`num_mixtures` 2 goes with `output_loss` 'cross_entropy' only, got 'squared_hinge'",
+        ),
+        (
+            {"num_mixtures": 2, "num_codebooks": 9, "nested_codebooks": [3]},
+            r"`num_mixtures` 2 goes with `nested_codebooks` \[\] only, got \[3\]",
+        ),
+        (
+            {"num_mixtures": 2, "refine_top_k": 3},
+            "`num_mixtures` 2 goes with `refine_top_k` 0 only, got 3",
+        ),
         ({"text_config": {"model_type": "t5"}}, "`text_config` must describe a decoder.*'t5'"),
     ],
 )

@@ -1,0 +1,256 @@
+"""Mixtures of M softmaxes over one codebook, at equal parameters and after equal training.
+
+    python -m benchmarks.mixtures --work FOLDER --output benchmarks/results/mixtures.json
+
+Each row is a head for gpt2-novels that the converter fits, of as many parameters as sign codes at
+`--param-reduction`: a mixture has fewer codewords, and so fewer bits a token, by what its gate,
+factors and shifts take. It is split, and the whole model trains on the protocol's calibration text:
+the same rows in the same order, the same steps, the best of some learning rates by the loss on rows
+that neither fit nor training sees. Judged on the evaluation text, before and after; beside it the
+time of one row's logits and of the loss of 256 rows, in turns with one softmax.
+
+Each row is written when it is done, and one that the output holds is not made again.
+"""
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hf_vqlogits import VQLogitsHead
+from hf_vqlogits.conversion.calibration import CalibrationStatistics
+from hf_vqlogits.conversion.quantise import Quantiser
+from hf_vqlogits.conversion.sizes import HeadSize, choose_size
+from hf_vqlogits.conversion.timing import paired_medians
+from hf_vqlogits.gates import LINEAR
+
+from .calibrated import calibrated
+from .models import fit_head, quantised_model
+from .protocol import Case, load_case
+from .results_file import ResultsFile
+from .training import Schedule, fine_tune, judge, training_rows
+from .work_folder import WorkFolder
+
+# M and the activation of the gate.
+MIXTURES = ((1, LINEAR), (2, LINEAR), (2, "gelu"), (4, LINEAR))
+RATES = (1e-4, 3e-4, 1e-3)
+SEEDS = (0, 1, 2)
+HELD_ROWS = 16
+LOSS_ROWS = 256
+
+
+def size_of(num_mixtures: int, vocab_size: int, hidden_size: int, reduction: float) -> HeadSize:
+    """Size of a head that has, split, as many parameters as one softmax, or a few less."""
+    plain = choose_size(
+        "signs", vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction
+    )
+    if num_mixtures == 1:
+        return plain
+    row = hidden_size + 1
+    parameters = plain.num_codebooks * row - num_mixtures * row
+    return replace(plain, num_codebooks=parameters // (row + 2 * num_mixtures))
+
+
+class Bench:
+    """A model and the text that its heads are fitted and trained on.
+
+    Args:
+        case: whose calibration text loses `HELD_ROWS` rows, which choose the learning rate.
+        work: where the statistics of that text are kept.
+        schedule: of every training.
+        seed: of the fit.
+    """
+
+    def __init__(self, case: Case, work: WorkFolder, schedule: Schedule, seed: int):
+        self.case = case
+        self.held = {"held": case.calibration[:HELD_ROWS]}
+        seen = replace(case, calibration=case.calibration[HELD_ROWS:])
+        self.rows = training_rows(seen.calibration, schedule.context)
+        self.schedule = schedule
+        self.quantiser = Quantiser(case.parts, seen.corpus(), seed, show_progress=True)
+        self.statistics: CalibrationStatistics
+        self.statistics, _ = calibrated(seen, self.quantiser, work, name="calibration-mixtures")
+
+    def fitted(self, size: HeadSize) -> VQLogitsHead:
+        """A plain head."""
+        return fit_head(self.quantiser, "signs", size, self.statistics)
+
+    def model(self, size: HeadSize, head: VQLogitsHead, gate: dict[str, Any], seed: int) -> Any:
+        """A model of its own around a copy of the head, split."""
+        model: Any = quantised_model(self.quantiser, size, head)
+        if gate["num_mixtures"] > 1:
+            model.split_head(**gate, seed=seed)
+        return model.eval()
+
+    def run(
+        self, size: HeadSize, head: VQLogitsHead, gate: dict[str, Any], rate: float, seed: int
+    ) -> dict[str, Any]:
+        """Train one model, and judge it."""
+        model = self.model(size, head, gate, seed)
+        losses = fine_tune(model, self.rows, self.schedule, learning_rate=rate, seed=seed)
+        made: dict[str, Any] = {
+            "learning_rate": rate,
+            "seed": seed,
+            "held_out_nats": judge(model, self.held)["held"].nats,
+            "last_losses": mean(losses[-max(1, len(losses) // 10) :]),
+            "perplexity": self.perplexities(model),
+        }
+        if gate["num_mixtures"] > 1:
+            made["shares"] = self.shares(model)
+        print(f"{gate}, rate {rate:g}, seed {seed}: {made['held_out_nats']:.4f} nats", flush=True)
+        return made
+
+    def perplexities(self, model: Any) -> dict[str, float]:
+        """By text."""
+        return {text: s.perplexity for text, s in judge(model, self.case.evaluation).items()}
+
+    @torch.no_grad()
+    def shares(self, model: Any) -> dict[str, Any]:
+        """How the gate shares the rows kept out: the mean of each component, and of the largest."""
+        ids = self.held["held"][:, :-1]
+        hidden = model.base_model(ids).last_hidden_state.flatten(0, 1).float()
+        gate = model.lm_head.log_gate(hidden).exp()
+        return {"mean": gate.mean(0).tolist(), "largest": float(gate.max(-1).values.mean())}
+
+
+def measure(
+    bench: Bench,
+    results: ResultsFile,
+    *,
+    reduction: float,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+) -> None:
+    """Make the rows that are missing: the best rate by the first seed, then all seeds."""
+    vocab_size, hidden_size = bench.case.parts.weight.shape
+    one = size_of(1, vocab_size, hidden_size, reduction)
+    plain: VQLogitsHead | None = None
+    for num_mixtures, activation in MIXTURES:
+        if results.has(num_mixtures=num_mixtures, gate_activation=activation):
+            continue
+        gate = {"num_mixtures": num_mixtures, "gate_activation": activation}
+        size = size_of(num_mixtures, vocab_size, hidden_size, reduction)
+        head = bench.fitted(size)
+        untrained = bench.model(size, head, gate, seeds[0])
+        tried = [bench.run(size, head, gate, rate, seeds[0]) for rate in rates]
+        best = min(tried, key=lambda made: made["held_out_nats"])
+        others = [bench.run(size, head, gate, best["learning_rate"], seed) for seed in seeds[1:]]
+        if plain is None:
+            plain = head if num_mixtures == 1 else bench.fitted(one)
+        row = {
+            **gate,
+            "num_codebooks": size.num_codebooks,
+            **untrained.lm_head.storage(),
+            "untrained": bench.perplexities(untrained),
+            "learning_rates": tried,
+            "runs": [best, *others],
+            "seconds": times(plain, untrained.lm_head),
+        }
+        results.add([row])
+
+
+def times(plain: VQLogitsHead, head: VQLogitsHead) -> dict[str, float]:
+    """Seconds of one row's logits and of the loss, forward and backward, with and without it."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(LOSS_ROWS, head.in_features, generator=generator)
+    labels = torch.randint(0, head.out_features, (LOSS_ROWS,), generator=generator)
+
+    def logits(layer: VQLogitsHead) -> Callable[[], Tensor]:
+        return torch.no_grad()(lambda: layer(hidden[:1]))
+
+    def loss(layer: VQLogitsHead) -> Callable[[], Tensor]:
+        layer = copy.deepcopy(layer).requires_grad_(True)
+        rows = hidden.clone().requires_grad_(True)
+
+        def step() -> Tensor:
+            value = layer(rows, labels)
+            torch.autograd.grad(value, [rows, *layer.parameters()])
+            return value.detach()
+
+        return step
+
+    calls = {"logits": logits(head), "logits_of_one_softmax": logits(plain)}
+    calls |= {"loss": loss(head), "loss_of_one_softmax": loss(plain)}
+    return paired_medians(calls, hidden.device)
+
+
+def show(rows: Iterable[dict[str, Any]]) -> None:
+    """Print means over seeds."""
+    table = Table(title="mixtures of softmaxes, gpt2-novels")
+    for column in ("M", "gate", "R", "parameters", "untrained", "trained", "least to most"):
+        table.add_column(column, justify="right")
+    for column in ("largest share", "logits, one row", "loss"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        for text in row["untrained"]:
+            found = [made["perplexity"][text] for made in row["runs"]]
+            seconds = row["seconds"]
+            gated = [made["shares"]["largest"] for made in row["runs"] if "shares" in made]
+            table.add_row(
+                str(row["num_mixtures"]),
+                row["gate_activation"],
+                str(row["num_codebooks"]),
+                f"{row['float_parameters']:,}",
+                f"{row['untrained'][text]:.3f}",
+                f"{mean(found):.3f}",
+                f"{min(found):.3f} to {max(found):.3f}",
+                f"{mean(gated):.2f}" if gated else "",
+                *(
+                    f"x{seconds[name] / seconds[f'{name}_of_one_softmax']:.2f}"
+                    for name in ("logits", "loss")
+                ),
+            )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def main() -> None:
+    """Measure what is missing, write and print."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--data", type=Path, default=Path("../shared/data"))
+    p.add_argument("--models", type=Path, default=Path("../shared/models"))
+    p.add_argument("--param-reduction", type=float, default=0.99)
+    p.add_argument("--steps", type=int, default=150)
+    p.add_argument("--seed", type=int, default=0, help="of the fit")
+    p.add_argument("--quick", action="store_true", help="two steps, one rate and seed, little text")
+    p.add_argument("--work", type=Path, help="folder of the statistics; default none are kept")
+    p.add_argument("--output", type=Path, required=True, help="JSON; rows in it are kept")
+    options = p.parse_args()
+    case = load_case("gpt2-novels", options.data, options.models, quick=options.quick)
+    context = case.calibration.shape[1] - 1
+    steps = 2 if options.quick else options.steps
+    schedule = Schedule(steps, tokens_per_step=4 * context, batch_size=4, context=context)
+    rates, seeds = (RATES[1:2], SEEDS[:1]) if options.quick else (RATES, SEEDS)
+    kept = {"seed": options.seed, "quick": options.quick}
+    settings: dict[str, Any] = {
+        **kept,
+        "model": case.name,
+        "param_reduction": options.param_reduction,
+        "schedule": vars(schedule),
+        "candidate_rates": list(rates),
+        "seeds": list(seeds),
+        "loss_rows": LOSS_ROWS,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            work = WorkFolder(options.work or Path(folder), kept)
+            results = ResultsFile(options.output, "mixtures", settings=settings)
+        except ValueError as error:
+            p.error(str(error))
+        bench = Bench(case, work, schedule, options.seed)
+        reduction = options.param_reduction
+        measure(bench, results, reduction=reduction, rates=rates, seeds=seeds)
+    show(results.rows)
+
+
+if __name__ == "__main__":
+    main()
