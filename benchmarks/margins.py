@@ -2,9 +2,9 @@
 
     python -m benchmarks.margins --output benchmarks/results/margins.json
 
-gpt2-novels' body with random quantised heads of one size, which train together on the protocol's
-calibration text: the same rows in the same order, the best of some learning rates for each loss by
-the share of next tokens that are the most likely one, on rows kept out. Judged on the evaluation
+gpt2-novels' body with random quantised heads of one size, which train together on novels, no row
+twice: the same rows in the same order, the best of some learning rates for each loss by the share
+of next tokens that are the most likely one, on rows kept out. Judged on the evaluation
 text: that share, and the perplexity. Margins are no log-probabilities: theirs is that of
 softmax(t logits), t fitted to the rows kept out, as Platt's scaling does it; that of cross-entropy
 is given both ways.
@@ -27,7 +27,7 @@ from hf_vqlogits.conversion.families import head_config
 from hf_vqlogits.conversion.sizes import choose_size
 from hf_vqlogits.conversion.streaming import hidden_states
 
-from .protocol import Case, load_case
+from .protocol import Case, further_novels, load_case
 from .record import record, write
 from .training import Schedule, fine_tune, training_rows
 
@@ -100,6 +100,7 @@ def judge(model: PreTrainedModel, held: Tensor, texts: dict[str, Tensor]) -> dic
 
 def measure(
     case: Case,
+    text: Tensor,
     schedule: Schedule,
     *,
     reduction: float,
@@ -107,8 +108,8 @@ def measure(
     seeds: Iterable[int],
 ) -> list[dict[str, Any]]:
     """One row of figures for each loss: the best rate by the first seed, then all seeds."""
-    held, train = case.calibration[:HELD_ROWS], case.calibration[HELD_ROWS:]
-    rows = training_rows(train, schedule.context)
+    held = text[-HELD_ROWS:]
+    rows = training_rows(text[:-HELD_ROWS], schedule.context)
     first, *others = seeds
     found = []
     for loss in OUTPUT_LOSSES:
@@ -158,7 +159,11 @@ def main() -> None:
     steps = 2 if options.quick else options.steps
     schedule = Schedule(steps, tokens_per_step=4 * context, batch_size=4, context=context)
     rates, seeds = (RATES[1:2], SEEDS[:1]) if options.quick else (RATES, SEEDS)
-    rows = measure(case, schedule, reduction=options.param_reduction, rates=rates, seeds=seeds)
+    wanted = steps * schedule.tokens_per_step + HELD_ROWS * context
+    text = further_novels(case, options.data, wanted + 4 * context)  # files end in mid-row
+    rows = measure(
+        case, text, schedule, reduction=options.param_reduction, rates=rates, seeds=seeds
+    )
     result = record(
         "margins",
         quick=options.quick,

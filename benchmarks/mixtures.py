@@ -4,10 +4,10 @@
 
 Each row is a head for gpt2-novels that the converter fits, of as many parameters as sign codes at
 `--param-reduction`: a mixture has fewer codewords, and so fewer bits a token, by what its gate,
-factors and shifts take. It is split, and the whole model trains on the protocol's calibration text:
-the same rows in the same order, the same steps, the best of some learning rates by the loss on rows
-that neither fit nor training sees. Judged on the evaluation text, before and after; beside it the
-time of one row's logits and of the loss of 256 rows, in turns with one softmax.
+factors and shifts take. It is split, and the whole model trains on novels that the fit has not
+seen, no row twice: the same rows in the same order, the best of some learning rates by the loss on
+rows kept out. Judged on the evaluation text, before and after; beside it the time of one row's
+logits and of the loss of 256 rows, in turns with one softmax.
 
 Each row is written when it is done, and one that the output holds is not made again.
 """
@@ -16,7 +16,7 @@ import argparse
 import copy
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -36,7 +36,7 @@ from hf_vqlogits.gates import LINEAR
 
 from .calibrated import calibrated
 from .models import fit_head, quantised_model
-from .protocol import Case, load_case
+from .protocol import Case, further_novels, load_case
 from .results_file import ResultsFile
 from .training import Schedule, fine_tune, judge, training_rows
 from .work_folder import WorkFolder
@@ -65,21 +65,21 @@ class Bench:
     """A model and the text that its heads are fitted and trained on.
 
     Args:
-        case: whose calibration text loses `HELD_ROWS` rows, which choose the learning rate.
-        work: where the statistics of that text are kept.
+        case: heads are fitted to its calibration text.
+        text: to train on (rows, context + 1); the last `HELD_ROWS` choose the learning rate.
+        work: where the statistics of the calibration text are kept.
         schedule: of every training.
         seed: of the fit.
     """
 
-    def __init__(self, case: Case, work: WorkFolder, schedule: Schedule, seed: int):
+    def __init__(self, case: Case, text: Tensor, work: WorkFolder, schedule: Schedule, seed: int):
         self.case = case
-        self.held = {"held": case.calibration[:HELD_ROWS]}
-        seen = replace(case, calibration=case.calibration[HELD_ROWS:])
-        self.rows = training_rows(seen.calibration, schedule.context)
+        self.held = {"held": text[-HELD_ROWS:]}
+        self.rows = training_rows(text[:-HELD_ROWS], schedule.context)
         self.schedule = schedule
-        self.quantiser = Quantiser(case.parts, seen.corpus(), seed, show_progress=True)
+        self.quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
         self.statistics: CalibrationStatistics
-        self.statistics, _ = calibrated(seen, self.quantiser, work, name="calibration-mixtures")
+        self.statistics, _ = calibrated(case, self.quantiser, work)
 
     def fitted(self, size: HeadSize) -> VQLogitsHead:
         """A plain head."""
@@ -184,7 +184,7 @@ def times(plain: VQLogitsHead, head: VQLogitsHead) -> dict[str, float]:
     return paired_medians(calls, hidden.device)
 
 
-def show(rows: Iterable[dict[str, Any]]) -> None:
+def show(rows: Iterable[Mapping[str, Any]]) -> None:
     """Print means over seeds."""
     table = Table(title="mixtures of softmaxes, gpt2-novels")
     for column in ("M", "gate", "R", "parameters", "untrained", "trained", "least to most"):
@@ -246,7 +246,9 @@ def main() -> None:
             results = ResultsFile(options.output, "mixtures", settings=settings)
         except ValueError as error:
             p.error(str(error))
-        bench = Bench(case, work, schedule, options.seed)
+        wanted = schedule.steps * schedule.tokens_per_step + HELD_ROWS * context
+        text = further_novels(case, options.data, wanted + 4 * context)  # files end in mid-row
+        bench = Bench(case, text, work, schedule, options.seed)
         reduction = options.param_reduction
         measure(bench, results, reduction=reduction, rates=rates, seeds=seeds)
     show(results.rows)

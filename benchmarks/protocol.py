@@ -1,7 +1,8 @@
 """The protocol behind every quality figure: which text fits a head, which one judges it, and how.
 
 - Calibration and training: the first 80% of the lines of WikiText-2's validation text, and 60,000
-  tokens of the novels' training files (gpt2-novels: novels only).
+  tokens of the novels' training files (gpt2-novels: novels only). What trains for longer takes the
+  novels' text behind these.
 - Evaluation: the last 20% of those lines, and the first 60,000 tokens of the novels' validation
   text (gpt2-novels: novels only). Context and stride 512, 256 for gpt2-novels.
 - Figure: exp of the mean over the texts of log(perplexity / dense perplexity).
@@ -114,6 +115,30 @@ def load_case(name: str, data: Path, models: Path, *, quick: bool = False) -> Ca
         tokenizer,
         torch.cat([blocks(ids, context) for ids in calibration]),
         {text: blocks(ids, context) for text, ids in evaluation.items()},
+    )
+
+
+def further_novels(case: Case, data: Path, tokens: int) -> Tensor:
+    """Text to train on: the novels' training files behind what calibrates, equally from each.
+
+    Args:
+        case: whose tokenizer and context are used.
+        data: folder of the texts.
+        tokens: how many, or a few less.
+
+    Returns:
+        (rows, context + 1), file by file.
+    """
+    context = case.calibration.shape[1] - 1
+    files = sorted((data / "novels").glob("train-*.txt.gz"))
+    skipped, each = NOVEL_TOKENS // 4, tokens // len(files)
+    return torch.cat(
+        [
+            blocks(
+                tokenize(load_text(str(path)), case.tokenizer, skipped + each)[skipped:], context
+            )
+            for path in files
+        ]
     )
 
 

@@ -12,6 +12,7 @@ from benchmarks import margins
 
 def test_both_losses_learn_and_are_judged(tiny_case, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(margins, "load_case", lambda *_, **__: tiny_case)
+    monkeypatch.setattr(margins, "further_novels", lambda case, *_: case.calibration)
     monkeypatch.setattr(margins, "RATES", (1e-2, 3e-2))
     monkeypatch.setattr(margins, "SEEDS", (0, 1))
     output = tmp_path / "margins.json"

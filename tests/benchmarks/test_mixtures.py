@@ -13,6 +13,7 @@ from benchmarks.work_folder import WorkFolder
 
 def test_results_and_table(tiny_case, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mixtures, "load_case", lambda *_, **__: tiny_case)
+    monkeypatch.setattr(mixtures, "further_novels", lambda case, *_: case.calibration)
     monkeypatch.setattr(mixtures, "RATES", (1e-2, 3e-2))
     monkeypatch.setattr(mixtures, "SEEDS", (0, 1))
     output = tmp_path / "mixtures.json"
@@ -59,11 +60,10 @@ def test_parameters_are_as_many_or_a_few_less():
 
 def test_rows_that_choose_the_rate_are_kept_out_and_models_are_their_own(tiny_case, tmp_path):
     schedule = Schedule(1, tokens_per_step=16, batch_size=1, context=16)
-    bench = mixtures.Bench(tiny_case, WorkFolder(tmp_path, {}), schedule, 0)
-    calibration, held = tiny_case.calibration, mixtures.HELD_ROWS
-    assert torch.equal(bench.held["held"], calibration[:held])
-    assert torch.equal(bench.rows, calibration[held:, :-1])
-    assert len(bench.quantiser.corpus.calibration) == len(calibration) - held
+    text, held = tiny_case.calibration, mixtures.HELD_ROWS
+    bench = mixtures.Bench(tiny_case, text, WorkFolder(tmp_path, {}), schedule, 0)
+    assert torch.equal(bench.held["held"], text[-held:])
+    assert torch.equal(bench.rows, text[:-held, :-1])
     size = mixtures.size_of(2, 300, 32, 0.8)
     head = bench.fitted(size)
     before = {name: value.clone() for name, value in head.state_dict().items()}
