@@ -58,6 +58,8 @@ benchmarks-quick: $(INSTALLED)
 	quick=$$(mktemp -d); trap 'rm -rf "$$quick"' EXIT; \
 	$(BIN)/python -m benchmarks.quality $(QUICK) --only gpt2-novels --output "$$quick/quality.json"; \
 	$(BIN)/python -m benchmarks.ablation $(QUICK) --output "$$quick/ablation.json"; \
+	$(BIN)/python -m benchmarks.margins $(QUICK) --output "$$quick/margins.json"; \
+	$(BIN)/python -m benchmarks.mixtures $(QUICK) --output "$$quick/mixtures.json"; \
 	if [ -d $(SHARED)/data/nsl_kdd ]; then $(BIN)/python -m benchmarks.gru_svm --quick \
 		--data $(SHARED)/data --work "$$quick/work" --output "$$quick/gru_svm.json"; fi; \
 	$(BIN)/python -m benchmarks.gate_rates --quick --work "$$quick/rates" \

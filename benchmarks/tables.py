@@ -7,45 +7,26 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`, NAME one of `T
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from .markdown import is_there, precise, results, table, times
+from .output_layer_tables import gru_svm, gru_svm_claims, margins, mixtures
+
 README = Path(__file__).parent.parent / "README.md"
-DOCUMENTS = (README, *(README.parent / "docs" / name for name in ("gru_svm.md", "peers.md")))
+DOCUMENTS = (
+    README,
+    *(README.parent / "docs" / name for name in ("gru_svm.md", "output_layers.md", "peers.md")),
+)
 HEADS = {
     "signs": "sign codes",
     "residual": "index codes, K = 4",
     "kmeans": "the paper's k-means, G = 1",
 }
 SECTION = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def results(name: str) -> dict[str, Any]:
-    """A results file."""
-    loaded: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf8"))
-    return loaded
-
-
-def table(header: str, rows: Iterable[Iterable[str]]) -> str:
-    """A table of Markdown; columns of the header are parted by |."""
-    columns = header.count("|") + 1
-    lines = [f"| {header} |", "|---" * columns + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
-
-
-def times(factor: float) -> str:
-    """A factor, with four digits or one decimal."""
-    return f"x{factor:.3f}" if factor < 10 else f"x{factor:.1f}"
-
-
-def precise(factor: float) -> str:
-    """A factor, with five digits where it is near to one."""
-    return f"x{factor:.4f}" if factor < 2 else times(factor)
 
 
 def quality(model: str) -> str:
@@ -75,7 +56,7 @@ def quality(model: str) -> str:
 
 def peers(model: str) -> str:
     """Heads of one model beside those of other methods, by bytes; nothing where not measured."""
-    if not (RESULTS / "quality.json").exists():
+    if not is_there("quality"):
         return ""
     rows = [row for row in results("quality")["rows"] if row["model"] == model]
     if not rows:
@@ -119,7 +100,7 @@ def finetuning() -> str:
 
 def finetuned() -> str:
     """Factors against the dense model fine-tuned equally; nothing where they are not measured."""
-    if not (RESULTS / "finetuned.json").exists():
+    if not is_there("finetuned"):
         return ""
     found = results("finetuned")
     rows = found["rows"]
@@ -183,7 +164,7 @@ def speed() -> str:
 
 def memory() -> str:
     """Memory of the training loss beside other layers; nothing where it is not measured."""
-    if not (RESULTS / "memory.json").exists():
+    if not is_there("memory"):
         return ""
     names = {
         "quantised": "VQ-Logits",
@@ -205,7 +186,7 @@ def memory() -> str:
 
 def refined() -> str:
     """What scoring the best logits again does to one model; nothing where it is not measured."""
-    if not (RESULTS / "refined.json").exists():
+    if not is_there("refined"):
         return ""
     rows = [row for row in results("refined")["rows"] if row["model"] == "smollm2"]
     texts = list(rows[0]["texts"])
@@ -229,53 +210,6 @@ def refined() -> str:
     return table(header, map(cells, rows))
 
 
-def gru_svm() -> str:
-    """GRU-SVM beside GRU-softmax and others; nothing where they are not measured."""
-    if not (RESULTS / "gru_svm.json").exists():
-        return ""
-    found = results("gru_svm")
-    scores = ("accuracy", "precision", "recall", "f1", "auc")
-    header = (
-        "model | learning rate | accuracy | least to most | precision | recall | F1 | AUC | "
-        "normal: right / alarm | attacks: missed / found | training | prediction"
-    )
-
-    def cells(row: dict[str, Any]) -> Iterable[str]:
-        yield row["name"]
-        yield f"{row['rate']:g}" if row["network"] else ""
-        yield f"**{row['accuracy']['mean']:.2%}**"
-        yield " to ".join(f"{row['accuracy'][end]:.2%}" for end in ("least", "most"))
-        for score in scores[1:]:
-            yield f"{row[score]['mean']:.3f}"
-        for counts in row["confusion"]:
-            yield " / ".join(f"{count:,.0f}" for count in counts)
-        yield f"{row['training_seconds']['mean']:.1f} s"
-        yield f"{row['prediction_seconds']['mean']:.2f} s"
-
-    return table(header, map(cells, found["rows"]))
-
-
-def gru_svm_claims() -> str:
-    """The paper's claims and what became of them; nothing where they are not measured."""
-    if not (RESULTS / "gru_svm.json").exists():
-        return ""
-
-    def cells(claim: dict[str, Any]) -> Iterable[str]:
-        percent = claim["unit"] == "difference of accuracies"
-
-        def told(value: float) -> str:
-            return f"{100 * value:+.2f} points" if percent else times(value)
-
-        yield f"{claim['claim']}, {claim['setting']}"
-        yield told(claim["paper"])
-        yield told(claim["measured"]["mean"])
-        yield " to ".join(told(claim["measured"][end]) for end in ("least", "most"))
-        yield f"**{claim['verdict']}**"
-
-    header = "GRU-SVM against GRU-softmax | in the paper | here, mean | least to most | claim"
-    return table(header, map(cells, results("gru_svm")["claims"]))
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "quality smollm2": lambda: quality("smollm2"),
     "quality gpt2-novels": lambda: quality("gpt2-novels"),
@@ -288,6 +222,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "refined": refined,
     "gru-svm": gru_svm,
     "gru-svm claims": gru_svm_claims,
+    "margins": margins,
+    "mixtures": mixtures,
 }
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import markdown, tables
 
 
 def test_the_documents_are_what_the_results_say():
@@ -25,14 +25,8 @@ def test_unknown_tables_are_refused():
         tables.rewrite("<!-- table: three -->\n<!-- end -->")
 
 
-def test_tables_are_markdown():
-    made = tables.table("a | b", [["1", "2"], ["3", "4"]])
-    assert made == "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n"
-    assert (tables.times(1.2345), tables.times(66.454)) == ("x1.234", "x66.5")
-
-
 def test_peers(monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
     assert tables.peers("one") == ""
 
     def row(peer, size, factor):
@@ -56,7 +50,7 @@ def test_peers(monkeypatch, tmp_path):
 
 
 def test_fine_tuned_models(monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
     assert tables.finetuned() == ""
 
     def spread(mean):
@@ -93,54 +87,3 @@ def test_fine_tuned_models(monkeypatch, tmp_path):
     assert lines[3].startswith("| sign codes, 98%, input tied |")
     assert "| **x1.050** | x1.049 to x1.052 | x1.050 |" in lines[3]
     assert lines[-1].endswith("can be below 30.0.")
-
-
-def test_gru_svm(monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.gru_svm() == tables.gru_svm_claims() == ""
-
-    def spread(mean):
-        return {"mean": mean, "least": mean - 0.01, "most": mean + 0.01}
-
-    scores = ("accuracy", "precision", "recall", "f1", "auc")
-    times = {"training_seconds": spread(100.0), "prediction_seconds": spread(2.0)}
-    row = {
-        **{score: spread(0.8) for score in scores},
-        **times,
-        "confusion": [[90.0, 10.0], [1234.4, 66.0]],
-    }
-    claims = [
-        {
-            "claim": "more accurate",
-            "setting": "tuned",
-            "paper": 0.134,
-            "unit": "difference of accuracies",
-            "measured": spread(-0.005),
-            "verdict": "not decided",
-        },
-        {
-            "claim": "faster",
-            "setting": "1 record",
-            "paper": 1.22,
-            "unit": "times as fast",
-            "measured": spread(1.05),
-            "verdict": "holds",
-        },
-    ]
-    rows = [
-        {"name": "GRU-SVM", "network": True, "rate": 1e-5, **row},
-        {"name": "random forest", "network": False, **row},
-    ]
-    (tmp_path / "gru_svm.json").write_text(json.dumps({"rows": rows, "claims": claims}))
-    lines = tables.gru_svm().splitlines()
-    assert lines[2] == (
-        "| GRU-SVM | 1e-05 | **80.00%** | 79.00% to 81.00% | 0.800 | 0.800 | 0.800 | 0.800 | "
-        "90 / 10 | 1,234 / 66 | 100.0 s | 2.00 s |"
-    )
-    assert lines[3].startswith("| random forest |  | **80.00%**")
-    lines = tables.gru_svm_claims().splitlines()
-    assert lines[2] == (
-        "| more accurate, tuned | +13.40 points | -0.50 points | -1.50 points to +0.50 points | "
-        "**not decided** |"
-    )
-    assert lines[3] == "| faster, 1 record | x1.220 | x1.050 | x1.040 to x1.060 | **holds** |"

@@ -1,0 +1,109 @@
+"""Tables of the other output layers: GRU-SVM, margins, mixtures of softmaxes."""
+
+from collections.abc import Iterable
+from statistics import mean
+from typing import Any
+
+from .markdown import is_there, results, table, times
+
+
+def gru_svm() -> str:
+    """GRU-SVM beside GRU-softmax and others; nothing where they are not measured."""
+    if not is_there("gru_svm"):
+        return ""
+    found = results("gru_svm")
+    scores = ("accuracy", "precision", "recall", "f1", "auc")
+    header = (
+        "model | learning rate | accuracy | least to most | precision | recall | F1 | AUC | "
+        "normal: right / alarm | attacks: missed / found | training | prediction"
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield row["name"]
+        yield f"{row['rate']:g}" if row["network"] else ""
+        yield f"**{row['accuracy']['mean']:.2%}**"
+        yield " to ".join(f"{row['accuracy'][end]:.2%}" for end in ("least", "most"))
+        for score in scores[1:]:
+            yield f"{row[score]['mean']:.3f}"
+        for counts in row["confusion"]:
+            yield " / ".join(f"{count:,.0f}" for count in counts)
+        yield f"{row['training_seconds']['mean']:.1f} s"
+        yield f"{row['prediction_seconds']['mean']:.2f} s"
+
+    return table(header, map(cells, found["rows"]))
+
+
+def gru_svm_claims() -> str:
+    """The paper's claims and what became of them; nothing where they are not measured."""
+    if not is_there("gru_svm"):
+        return ""
+
+    def cells(claim: dict[str, Any]) -> Iterable[str]:
+        percent = claim["unit"] == "difference of accuracies"
+
+        def told(value: float) -> str:
+            return f"{100 * value:+.2f} points" if percent else times(value)
+
+        yield f"{claim['claim']}, {claim['setting']}"
+        yield told(claim["paper"])
+        yield told(claim["measured"]["mean"])
+        yield " to ".join(told(claim["measured"][end]) for end in ("least", "most"))
+        yield f"**{claim['verdict']}**"
+
+    header = "GRU-SVM against GRU-softmax | in the paper | here, mean | least to most | claim"
+    return table(header, map(cells, results("gru_svm")["claims"]))
+
+
+def margins() -> str:
+    """The squared hinge loss beside cross-entropy; nothing where they are not measured."""
+    if not is_there("margins"):
+        return ""
+    rows = results("margins")["rows"]
+    texts = list(rows[0]["runs"][0]["texts"])
+    header = (
+        f"loss | learning rate | right tokens, {' / '.join(texts)} | least to most | perplexity | "
+        "of scaled logits"
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        def each(name: str) -> list[list[float]]:
+            return [[made["texts"][text][name] for made in row["runs"]] for text in texts]
+
+        yield row["output_loss"]
+        yield f"{row['runs'][0]['learning_rate']:g}"
+        yield " / ".join(f"**{mean(one):.2%}**" for one in each("right"))
+        yield " / ".join(f"{min(one):.2%} to {max(one):.2%}" for one in each("right"))
+        yield " / ".join(f"{mean(one):,.2f}" for one in each("perplexity"))
+        yield " / ".join(f"{mean(one):,.2f}" for one in each("perplexity_scaled"))
+
+    return table(header, map(cells, rows))
+
+
+def mixtures() -> str:
+    """Mixtures of softmaxes beside one; nothing where they are not measured."""
+    if not is_there("mixtures"):
+        return ""
+    rows = results("mixtures")["rows"]
+    texts = list(rows[0]["untrained"])
+    header = (
+        "softmaxes | gate | R | float parameters | learning rate | perplexity, "
+        f"{' / '.join(texts)}: converted | trained | least to most | largest share | "
+        "one row's logits | loss"
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        one = row["num_mixtures"] == 1
+        found = [[made["perplexity"][text] for made in row["runs"]] for text in texts]
+        yield str(row["num_mixtures"])
+        yield "" if one else row["gate_activation"]
+        yield str(row["num_codebooks"])
+        yield f"{row['float_parameters']:,}"
+        yield f"{row['runs'][0]['learning_rate']:g}"
+        yield " / ".join(f"{row['untrained'][text]:.3f}" for text in texts)
+        yield " / ".join(f"**{mean(runs):.3f}**" for runs in found)
+        yield " / ".join(f"{min(runs):.3f} to {max(runs):.3f}" for runs in found)
+        yield "" if one else f"{mean(made['shares']['largest'] for made in row['runs']):.2f}"
+        for name in ("logits", "loss"):
+            yield times(row["seconds"][name] / row["seconds"][f"{name}_of_one_softmax"])
+
+    return table(header, map(cells, rows))
