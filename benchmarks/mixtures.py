@@ -127,6 +127,7 @@ def measure(
     bench: Bench,
     results: ResultsFile,
     *,
+    kinds: Sequence[tuple[int, str]],
     reduction: float,
     rates: Sequence[float],
     seeds: Sequence[int],
@@ -135,7 +136,7 @@ def measure(
     vocab_size, hidden_size = bench.case.parts.weight.shape
     one = size_of(1, vocab_size, hidden_size, reduction)
     plain: VQLogitsHead | None = None
-    for num_mixtures, activation in MIXTURES:
+    for num_mixtures, activation in kinds:
         if results.has(num_mixtures=num_mixtures, gate_activation=activation):
             continue
         gate = {"num_mixtures": num_mixtures, "gate_activation": activation}
@@ -221,7 +222,7 @@ def main() -> None:
     p.add_argument("--param-reduction", type=float, default=0.99)
     p.add_argument("--steps", type=int, default=150)
     p.add_argument("--seed", type=int, default=0, help="of the fit")
-    p.add_argument("--quick", action="store_true", help="two steps, one rate and seed, little text")
+    p.add_argument("--quick", action="store_true", help="two rows of two steps, one rate and seed")
     p.add_argument("--work", type=Path, help="folder of the statistics; default none are kept")
     p.add_argument("--output", type=Path, required=True, help="JSON; rows in it are kept")
     options = p.parse_args()
@@ -250,7 +251,8 @@ def main() -> None:
         text = further_novels(case, options.data, wanted + 4 * context)  # files end in mid-row
         bench = Bench(case, text, work, schedule, options.seed)
         reduction = options.param_reduction
-        measure(bench, results, reduction=reduction, rates=rates, seeds=seeds)
+        kinds = MIXTURES[:2] if options.quick else MIXTURES
+        measure(bench, results, kinds=kinds, reduction=reduction, rates=rates, seeds=seeds)
     show(results.rows)
 
 
