@@ -15,11 +15,15 @@ from typing import Any
 
 from .markdown import is_there, precise, results, table, times
 from .output_layer_tables import gru_svm, gru_svm_claims, margins, mixtures
+from .speed_tables import generation, memory, refined, rounding, speed
 
 README = Path(__file__).parent.parent / "README.md"
 DOCUMENTS = (
     README,
-    *(README.parent / "docs" / name for name in ("gru_svm.md", "output_layers.md", "peers.md")),
+    *(
+        README.parent / "docs" / name
+        for name in ("gru_svm.md", "kernels.md", "output_layers.md", "peers.md")
+    ),
 )
 HEADS = {
     "signs": "sign codes",
@@ -143,73 +147,6 @@ def finetuned_name(row: dict[str, Any]) -> str:
     return ", ".join([HEADS[row["method"]], f"{row['reduction']:.0%}", *tied])
 
 
-def speed() -> str:
-    """Time of the logits beside dense layers."""
-    header = (
-        "rows | bits a token | warm | faster than float32 / bfloat16 | "
-        "cold | faster than float32 / bfloat16"
-    )
-
-    def cells(row: dict[str, Any]) -> Iterable[str]:
-        yield str(row["rows"])
-        yield f"{row['bits']:,}"
-        for state in (row["warm"], row["cold"]):
-            yield f"{state['milliseconds']['quantised']:.2f} ms"
-            yield " / ".join(
-                f"{state[f'times_faster_than_{kind}']:.1f}x" for kind in ("float32", "bfloat16")
-            )
-
-    return table(header, map(cells, results("speed")["rows"]))
-
-
-def memory() -> str:
-    """Memory of the training loss beside other layers; nothing where it is not measured."""
-    if not is_there("memory"):
-        return ""
-    names = {
-        "quantised": "VQ-Logits",
-        "dense_float32": "dense float32",
-        "dense_bfloat16": "dense bfloat16",
-        "adaptive softmax": "adaptive softmax",
-    }
-
-    def cells(row: dict[str, Any]) -> Iterable[str]:
-        yield f"{row['rows']:,}"
-        yield from (f"{row['bytes'][name] / 1e6:,.0f} MB" for name in names)
-        yield " / ".join(
-            f"{row[f'times_less_than_{kind}']:.1f}x" for kind in ("float32", "bfloat16")
-        )
-
-    header = f"rows | {' | '.join(names.values())} | less than float32 / bfloat16"
-    return table(header, map(cells, results("memory")["rows"]))
-
-
-def refined() -> str:
-    """What scoring the best logits again does to one model; nothing where it is not measured."""
-    if not is_there("refined"):
-        return ""
-    rows = [row for row in results("refined")["rows"] if row["model"] == "smollm2"]
-    texts = list(rows[0]["texts"])
-    both = " / ".join(texts)
-    header = (
-        f"T | same most likely token, {both} | tokens scored | certain | factor | one row | "
-        "faster than float32 / bfloat16"
-    )
-
-    def cells(row: dict[str, Any]) -> Iterable[str]:
-        figures = [row["texts"][text] for text in texts]
-        plain = row["scored_again"] == "none"
-        yield "" if plain else row["scored_again"].removeprefix("T = ")
-        yield " / ".join(f"**{one['greedy_agreement']:.2%}**" for one in figures)
-        yield "" if plain else " / ".join(f"{one['scored']:.1f}" for one in figures)
-        yield "" if plain else " / ".join(f"{one['certified']:.1%}" for one in figures)
-        yield precise(row["factor"])
-        yield f"{row['milliseconds']:.2f} ms"
-        yield f"{row['faster_than_float32']:.1f}x / {row['faster_than_bfloat16']:.1f}x"
-
-    return table(header, map(cells, rows))
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "quality smollm2": lambda: quality("smollm2"),
     "quality gpt2-novels": lambda: quality("gpt2-novels"),
@@ -220,6 +157,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "memory": memory,
     "refined": refined,
+    "generation": generation,
+    "rounding": rounding,
     "gru-svm": gru_svm,
     "gru-svm claims": gru_svm_claims,
     "margins": margins,

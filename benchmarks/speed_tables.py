@@ -1,0 +1,120 @@
+"""Tables of time and memory, and of what the kernels' rounding and the refinement do."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from .markdown import is_there, precise, results, table
+
+
+def speed() -> str:
+    """Time of the logits beside dense layers."""
+    header = (
+        "rows | bits a token | warm | faster than float32 / bfloat16 | "
+        "cold | faster than float32 / bfloat16"
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield str(row["rows"])
+        yield f"{row['bits']:,}"
+        for state in (row["warm"], row["cold"]):
+            yield f"{state['milliseconds']['quantised']:.2f} ms"
+            yield " / ".join(
+                f"{state[f'times_faster_than_{kind}']:.1f}x" for kind in ("float32", "bfloat16")
+            )
+
+    return table(header, map(cells, results("speed")["rows"]))
+
+
+def memory() -> str:
+    """Memory of the training loss beside other layers; nothing where it is not measured."""
+    if not is_there("memory"):
+        return ""
+    names = {
+        "quantised": "VQ-Logits",
+        "dense_float32": "dense float32",
+        "dense_bfloat16": "dense bfloat16",
+        "adaptive softmax": "adaptive softmax",
+    }
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield f"{row['rows']:,}"
+        yield from (f"{row['bytes'][name] / 1e6:,.0f} MB" for name in names)
+        yield " / ".join(
+            f"{row[f'times_less_than_{kind}']:.1f}x" for kind in ("float32", "bfloat16")
+        )
+
+    header = f"rows | {' | '.join(names.values())} | less than float32 / bfloat16"
+    return table(header, map(cells, results("memory")["rows"]))
+
+
+def refined() -> str:
+    """What scoring the best logits again does to one model; nothing where it is not measured."""
+    if not is_there("refined"):
+        return ""
+    rows = [row for row in results("refined")["rows"] if row["model"] == "smollm2"]
+    texts = list(rows[0]["texts"])
+    both = " / ".join(texts)
+    header = (
+        f"T | same most likely token, {both} | tokens scored | certain | factor | one row | "
+        "faster than float32 / bfloat16"
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        figures = [row["texts"][text] for text in texts]
+        plain = row["scored_again"] == "none"
+        yield "" if plain else row["scored_again"].removeprefix("T = ")
+        yield " / ".join(f"**{one['greedy_agreement']:.2%}**" for one in figures)
+        yield "" if plain else " / ".join(f"{one['scored']:.1f}" for one in figures)
+        yield "" if plain else " / ".join(f"{one['certified']:.1%}" for one in figures)
+        yield precise(row["factor"])
+        yield f"{row['milliseconds']:.2f} ms"
+        yield f"{row['faster_than_float32']:.1f}x / {row['faster_than_bfloat16']:.1f}x"
+
+    return table(header, map(cells, rows))
+
+
+def generation() -> str:
+    """Whole models that generate, dense and quantised; nothing where they are not measured."""
+    if not is_there("generate_speed"):
+        return ""
+    header = (
+        "model | R | | dense, tokens a second | quantised | faster | bound | share of the bound"
+    )
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield row["model"]
+        yield f"{row['bits']:,}"
+        yield "compiled" if row["compiled"] else "eager"
+        yield from (f"{row['tokens_per_second'][name]:.1f}" for name in ("dense", "quantised"))
+        yield f"**{row['times_faster']:.2f}x**"
+        yield f"{row['bound']:.2f}x"
+        yield f"{row['share_of_the_bound']:.0%}"
+
+    return table(header, map(cells, results("generate_speed")["rows"]))
+
+
+def rounding() -> str:
+    """What the CPU kernels' rounding does; nothing where it is not measured."""
+    if not is_there("rounding"):
+        return ""
+    header = (
+        "model | R | path | perplexity, worst text | same greedy token | largest error | "
+        "largest logit"
+    )
+
+    def rows() -> Iterable[Iterable[str]]:
+        for row in results("rounding")["rows"]:
+            for path, texts in row["paths"].items():
+                figures = texts.values()
+                change = max((one["perplexity_change"] for one in figures), key=abs)
+                yield (
+                    row["model"],
+                    f"{row['num_codebooks']:,}",
+                    f"`{path}`",
+                    f"{change:+.4%}",
+                    f"{min(one['same_token'] for one in figures):.2%}",
+                    f"{max(one['largest_error'] for one in figures):.4f}",
+                    f"{max(one['largest_logit'] for one in figures):.1f}",
+                )
+
+    return table(header, rows())
