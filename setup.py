@@ -35,6 +35,7 @@ libraries = [
             "kernel_bytes",
             "layout",
             "parallel",
+            "signs",
             "tables_kernel",
             "tables_plain",
             "top",

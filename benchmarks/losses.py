@@ -36,8 +36,10 @@ def adaptive_step(hidden: Tensor, labels: Tensor, vocab_size: int) -> Step:
     return lambda: _backward(layer(hidden, labels).loss, hidden, *layer.parameters())
 
 
-def quantised_step(hidden: Tensor, labels: Tensor, vocab_size: int, bits: int) -> Step:
-    """Ours."""
+def quantised_step(
+    hidden: Tensor, labels: Tensor, vocab_size: int, bits: int, dtype: torch.dtype
+) -> Step:
+    """Ours, its products in `dtype`."""
     config = GPT2Config(
         vocab_size=vocab_size, n_embd=hidden.shape[1], bos_token_id=0, eos_token_id=0
     )
@@ -45,7 +47,13 @@ def quantised_step(hidden: Tensor, labels: Tensor, vocab_size: int, bits: int) -
     head = VQLogitsHead(
         VQLogitsConfig(text_config=config, num_codebooks=bits, num_fine_tokens=fine_tokens)
     )
-    return lambda: _backward(head(hidden, labels), hidden, head.codebook, head.codebook_bias)
+
+    def step() -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = head(hidden, labels)
+        return _backward(loss, hidden, head.codebook, head.codebook_bias)
+
+    return step
 
 
 def steps(
@@ -70,7 +78,8 @@ def steps(
         return build
 
     return {
-        "quantised": made(quantised_step, bits),
+        "quantised": made(quantised_step, bits, torch.float32),
+        "quantised_bfloat16": made(quantised_step, bits, torch.bfloat16),
         "dense_float32": made(dense_step, torch.float32),
         "dense_bfloat16": made(dense_step, torch.bfloat16),
         "adaptive softmax": made(adaptive_step),

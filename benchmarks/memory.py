@@ -22,7 +22,13 @@ from .record import record, write
 
 VOCAB_SIZE, HIDDEN_SIZE, BITS = 50_257, 768, 500
 ROWS = (512, 2048, 8192)
-LAYERS = ("quantised", "dense_float32", "dense_bfloat16", "adaptive softmax")
+LAYERS = (
+    "quantised",
+    "quantised_bfloat16",
+    "dense_float32",
+    "dense_bfloat16",
+    "adaptive softmax",
+)
 STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

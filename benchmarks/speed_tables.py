@@ -31,6 +31,7 @@ def memory() -> str:
         return ""
     names = {
         "quantised": "VQ-Logits",
+        "quantised_bfloat16": "under autocast",
         "dense_float32": "dense float32",
         "dense_bfloat16": "dense bfloat16",
         "adaptive softmax": "adaptive softmax",
@@ -43,8 +44,10 @@ def memory() -> str:
             f"{row[f'times_less_than_{kind}']:.1f}x" for kind in ("float32", "bfloat16")
         )
 
+    rows = results("memory")["rows"]
+    names = {name: words for name, words in names.items() if name in rows[0]["bytes"]}
     header = f"rows | {' | '.join(names.values())} | less than float32 / bfloat16"
-    return table(header, map(cells, results("memory")["rows"]))
+    return table(header, map(cells, rows))
 
 
 def refined() -> str:

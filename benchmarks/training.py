@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from hf_vqlogits.coded import CodedLayer
 from hf_vqlogits.conversion.comparison import HeadScore, compare_heads
-from hf_vqlogits.conversion.precision import product_dtype
 from hf_vqlogits.conversion.streaming import hidden_states
+from hf_vqlogits.ops.precision import product_dtype
 
 WARMUP = 0.1  # of the steps
 MAX_GRADIENT_NORM = 1.0

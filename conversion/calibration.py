@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .precision import product_dtype
+from hf_vqlogits.ops.precision import product_dtype
 
 CHUNK_BYTES = 128 << 20  # of the logits of a chunk; each adds a V x d product to the contexts
 

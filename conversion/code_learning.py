@@ -31,9 +31,9 @@ from torch import Tensor
 from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.ops import eager, pack_signs, unpack_signs
 from hf_vqlogits.ops.eager import FINE_FACTOR
+from hf_vqlogits.ops.precision import product_dtype
 
 from .metric import TokenMetric
-from .precision import product_dtype
 from .sign_codebook import tiles
 from .sign_search import SearchEffort, free_bits, search_signs
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.ops import eager
+from hf_vqlogits.ops.precision import product_dtype
 
 from .code_learning import (
     CHUNK_BYTES,
@@ -26,7 +27,6 @@ from .code_learning import (
 from .distillation_state import HEAD, MIXTURE, fingerprint
 from .held_out import POSITIONS, rows_of_step, split
 from .metric import TokenMetric
-from .precision import product_dtype
 from .streaming import KeptStates
 from .training import Advance, Distillation, Notify, Training, divergence
 

@@ -23,11 +23,11 @@ from transformers import PreTrainedModel
 
 from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.embedding import VQEmbedding
+from hf_vqlogits.ops.precision import product_dtype
 
 from .code_learning import CHUNK_BYTES, Logits
 from .distillation_state import END_TO_END, fingerprint
 from .held_out import rows_of_step, split
-from .precision import product_dtype
 from .streaming import KeptStates, frozen
 from .training import Advance, Distillation, Notify, Training, divergence
 

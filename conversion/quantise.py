@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_vqlogits import VQLogitsConfig, VQLogitsHead
 from hf_vqlogits.embedding import VQEmbedding
+from hf_vqlogits.ops.precision import product_dtype
 
 from .calibration import CalibrationStatistics, StatisticsAccumulator
 from .code_learning import Logits
@@ -29,7 +30,6 @@ from .embeddings import (
 from .end_to_end import distill_end_to_end
 from .families import SourceParts, head_config
 from .metric import TokenMetric, token_metric
-from .precision import product_dtype
 from .redrawing import draw_tokens, redraw
 from .refining import FittedRefinement, fit_refinement
 from .signs import SignFit, SignFitter

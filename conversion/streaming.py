@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .precision import product_dtype
+from hf_vqlogits.ops.precision import product_dtype
 
 BATCH_TOKENS = 4096
 KEPT_BYTES = 2 << 30  # of hidden states, at most: 900,000 positions of d 576 in float32

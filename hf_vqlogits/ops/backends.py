@@ -12,8 +12,9 @@ The environment variable `VQLOGITS_BACKEND` forces one, for tests and comparison
     plain    the compiled kernel, portable C++
     triton   the GPU kernels, which read the codes themselves
 
-On the CPU gradients have no kernel: the compiled names choose as `auto` does for them. So does
-`triton` where it has none: for index codes, whose gradient and loss are computed by PyTorch.
+On the CPU the gradient of sign codes is a product with a matrix that the compiled library writes
+out, by every compiled name and by `auto`. For index codes there is no kernel of the gradient, and
+in `triton` none of the loss: PyTorch computes them.
 """
 
 import os
@@ -81,7 +82,7 @@ def for_expand(scores: Tensor, codes: Tensor, code_type: str) -> str:
 
 
 def for_expand_backward(grad: Tensor, codes: Tensor, code_type: str, num_codebooks: int) -> str:
-    """`eager`, `matmul` or `triton` for the gradient of scores with G or R codebooks.
+    """`eager`, `matmul`, `cpu` or `triton` for the gradient of scores with G or R codebooks.
 
     Raises:
         ValueError: `VQLOGITS_BACKEND` is unknown.
@@ -91,7 +92,8 @@ def for_expand_backward(grad: Tensor, codes: Tensor, code_type: str, num_codeboo
         return "triton"
     if name not in ("eager", "matmul") and grad.device.type == "cpu" and cpu.paths():
         # Nothing else keeps the +-1 matrix then, and to unpack it costs a fraction of the product.
-        return "eager"
+        signs = code_type == "sign" and grad.dtype in cpu.OUTPUT_TYPES
+        return "cpu" if signs else "eager"
     return _without_kernel(name, grad, codes, code_type, num_codebooks)
 
 

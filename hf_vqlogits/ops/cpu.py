@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 from .eager import FINE_FACTOR
+from .precision import product_dtype
 from .tensor_cache import TensorCache
 
 logger = logging.getLogger(__name__)
 
-_INTERFACE = 5  # `kInterface` in csrc/expand.cpp
+_INTERFACE = 6  # `kInterface` in csrc/expand.cpp
 _EXTENSION = "_expand"  # in setup.py
-_OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCORED_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of hidden states and codebook
 _PATHS = {"avx512": 1, "avx2": 2, "neon": 3, "plain": 0}  # `Path` there, the fastest first
 # K of a path whose tables fit a register: an index must fit a field of 5 or 4 bits.
 LARGEST_CODEBOOKS = {"avx512": 32, "avx2": 16, "neon": 16}
+PIECE_BYTES = 4 << 20  # of the +-1 matrix, unpacked at a time
 
 
 class _Coding(ctypes.Structure):
@@ -100,7 +102,7 @@ def _paths_of(library: ctypes.CDLL) -> tuple[str, ...]:
 
 def supports(path: str, scores: Tensor, codes: Tensor, code_type: str) -> bool:
     """Whether a path knows such scores and codes."""
-    if scores.dtype not in _OUTPUT_TYPES or scores.device.type != "cpu":
+    if scores.dtype not in OUTPUT_TYPES or scores.device.type != "cpu":
         return False
     return path == "plain" or knows(path, codes, code_type, scores.shape[-1])
 
@@ -119,8 +121,12 @@ def expand(
     path: str,
     fine_ids: Tensor | None = None,
     fine_codes: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Logits (N, V) of scores (N, R) or (N, G, K), in their type, by one of the [`paths`].
+
+    They are written to `out`, contiguous and of their type, where that is given and the path is one
+    of `LARGEST_CODEBOOKS`.
 
     Second codes are for the paths of `LARGEST_CODEBOOKS` only, which add them where their tables
     are at hand.
@@ -142,7 +148,7 @@ def expand(
     rows, threads = scores.shape[0], torch.get_num_threads()
     if prepared.tiles is not None:
         fine = _fine_of(path, prepared, codes, fine_ids, fine_codes)
-        logits = torch.empty(rows, codes.shape[0], dtype=scores.dtype)
+        logits = torch.empty(rows, codes.shape[0], dtype=scores.dtype) if out is None else out
         failed = library.vqlogits_expand_tiles(
             _PATHS[path],
             prepared.address,
@@ -150,7 +156,7 @@ def expand(
             prepared.tiles.data_ptr(),
             None if fine is None else fine.address,
             rows,
-            _OUTPUT_TYPES[scores.dtype],
+            OUTPUT_TYPES[scores.dtype],
             logits.data_ptr(),
             threads,
         )
@@ -163,6 +169,35 @@ def expand(
     if failed:
         raise MemoryError(f"no memory for the tables of {rows} rows of scores")
     return logits.to(scores.dtype)
+
+
+def expand_backward(grad: Tensor, codes: Tensor, num_codebooks: int) -> Tensor:
+    """Gradient (N, R) of the scores of sign codes, from that of the logits (N, V), in float32.
+
+    A product with the +-1 matrix, of which a piece at a time is written out. A gradient in bfloat16
+    is multiplied as it is where the processor has instructions for it. V 50,257, R 500, 334 rows, 2
+    cores: 91 ms in float32, 56 ms in bfloat16, where pieces written by PyTorch took 97 ms.
+    """
+    library = _load()
+    assert library is not None
+    vocabulary, width = codes.shape
+    codes, threads = codes.contiguous(), torch.get_num_threads()
+    if grad.dtype != product_dtype(grad.device):
+        grad = grad.float()
+    sums = torch.zeros(grad.shape[0], num_codebooks, dtype=torch.float32)
+    step = max(1, PIECE_BYTES // (8 * width * grad.dtype.itemsize))
+    piece = torch.empty(min(step, vocabulary), 8 * width, dtype=grad.dtype)
+    for begin in range(0, vocabulary, step):
+        some = codes[begin : begin + step]
+        kind = OUTPUT_TYPES[grad.dtype]
+        library.vqlogits_unpack(some.data_ptr(), some.numel(), kind, piece.data_ptr(), threads)
+        signs = piece[: len(some), :num_codebooks]
+        part = grad[:, begin : begin + step]
+        if grad.dtype == torch.float32:
+            sums.addmm_(part, signs)
+        else:
+            sums += part @ signs
+    return sums
 
 
 def logits(
@@ -208,7 +243,7 @@ def logits(
         prepared.tiles.data_ptr(),
         None if fine is None else fine.address,
         hidden.shape[0],
-        _OUTPUT_TYPES[hidden.dtype],
+        OUTPUT_TYPES[hidden.dtype],
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -385,6 +420,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("logits_tiles", int32, (int32, *[pointer] * 4, int64, int32, pointer, int32)),
         ("top_tiles", int32, (int32, *[pointer] * 4, int64, int64, pointer, pointer, int32)),
         ("expand_plain", int32, (pointer, pointer, pointer, int64, pointer, int32)),
+        ("unpack", None, (pointer, int64, int32, pointer, int32)),
     ):
         function = getattr(library, f"vqlogits_{name}")
         function.restype, function.argtypes = result, arguments

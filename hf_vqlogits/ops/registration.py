@@ -74,12 +74,13 @@ def compute_expand(
     code_type: str,
     fine_ids: Tensor | None,
     fine_codes: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """[`expand`] below autograd, by the backend that was chosen."""
+    """[`expand`] below autograd, by the backend that was chosen, which may write to `out`."""
     check(scores, codes, code_type, fine_ids, fine_codes)
     backend = backends.for_expand(scores, codes, code_type)
     if backend in cpu.LARGEST_CODEBOOKS:
-        return cpu.expand(scores, codes, code_type, backend, fine_ids, fine_codes)
+        return cpu.expand(scores, codes, code_type, backend, fine_ids, fine_codes, out)
     if backend == "triton":
         from . import triton_expand  # which cannot be imported without Triton
 
@@ -115,11 +116,11 @@ def compute_expand_backward(
 
         return triton_expand.expand_backward(grad, codes, shape[1], fine_ids, fine_codes)
     sums = _expand_codes_backward(grad, codes, code_type, shape)
-    if fine_ids is None or fine_codes is None:
-        return sums
-    fine_grad = grad.index_select(1, fine_ids)
-    fine_sums = _expand_codes_backward(fine_grad, fine_codes, code_type, shape)
-    return sums.add_(fine_sums, alpha=eager.FINE_FACTOR)
+    if fine_ids is not None and fine_codes is not None:
+        fine_grad = grad.index_select(1, fine_ids)
+        fine_sums = _expand_codes_backward(fine_grad, fine_codes, code_type, shape)
+        sums.add_(fine_sums, alpha=eager.FINE_FACTOR)
+    return sums.to(grad.dtype)
 
 
 def _expand_codes_backward(
@@ -127,6 +128,8 @@ def _expand_codes_backward(
 ) -> Tensor:
     backend = backends.for_expand_backward(grad, codes, code_type, shape[1])
     with without_autocast(grad.device):
+        if backend == "cpu":
+            return cpu.expand_backward(grad, codes, shape[1])
         if backend == "matmul":
             return matmul.expand_backward(grad, codes, shape[1])
         return eager.expand_backward(grad, codes, code_type, shape)

@@ -88,8 +88,13 @@ def test_gradients_never_need_a_kernel(name, monkeypatch):
     for paths in ((), ("plain",)):
         monkeypatch.setattr(cpu, "paths", lambda paths=paths: paths)
         backend = backends.for_expand_backward(torch.zeros(2, 30), SIGN[1], "sign", 20)
-        kept = name == "matmul" or (name != "eager" and not paths)
-        assert backend == ("matmul" if kept else "eager")
+        without = "matmul" if name != "eager" else "eager"
+        compiled = paths and name not in ("eager", "matmul")
+        assert backend == ("cpu" if compiled else without)
+        # Index codes, and sums that are to be exact to more digits, have nothing compiled.
+        assert backends.for_expand_backward(torch.zeros(2, 30), LARGE[1], "index", 3) == "eager"
+        exact = torch.zeros(2, 30, dtype=torch.float64)
+        assert backends.for_expand_backward(exact, SIGN[1], "sign", 20) != "cpu"
 
 
 class OnGPU:

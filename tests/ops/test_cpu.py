@@ -75,6 +75,48 @@ def test_sign_codes_stay_within_the_error_bound(path, rows, vocabulary, num_code
 
 
 TABLE_PATHS = [path for path in PATHS if path != "plain"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pieces", [None, 3000])
+@pytest.mark.parametrize(("rows", "vocabulary", "num_codebooks"), references.SIGN_SHAPES)
+def test_gradients_of_sign_codes(rows, vocabulary, num_codebooks, pieces, dtype, fast, monkeypatch):
+    """Products of one rounded type, summed in float32: bfloat16 only where it is fast."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    if pieces is not None:
+        monkeypatch.setattr(cpu, "PIECE_BYTES", pieces)
+    codes = references.random_sign_codes(vocabulary, num_codebooks)
+    grad = references.random_scores(rows, vocabulary).to(dtype)
+    sums = cpu.expand_backward(grad, codes, num_codebooks)
+    assert sums.dtype == torch.float32
+    want = grad.double() @ references.sign_matrix(codes, num_codebooks)
+    absolute = grad.double().abs().sum(1, keepdim=True)
+    # In bfloat16 each piece's sum is rounded once, to 8 digits of at most its absolute value.
+    half = dtype == torch.bfloat16 and fast
+    bound = (2**-8 if half else 1e-6) * absolute
+    assert ((sums.double() - want).abs() <= bound).all()
+    if not half:
+        torch.testing.assert_close(sums.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_strided_codes_and_logits():
+    codes = references.random_sign_codes(333, 100)
+    grad = references.random_scores(9, 333)
+    want = cpu.expand_backward(grad, codes, 100)
+    strided = torch.stack([grad, grad], 2)[..., 0], codes.T.contiguous().T
+    torch.testing.assert_close(cpu.expand_backward(*strided, 100), want)
+
+
+def test_logits_are_written_where_they_are_wanted():
+    codes, scores = codes_and_scores("sign")
+    for path in (path for path in PATHS if path != "plain"):
+        place = torch.full((9, 600), torch.nan)
+        made = cpu.expand(scores, codes, "sign", path, out=place)
+        assert made.data_ptr() == place.data_ptr()
+        assert torch.equal(made, cpu.expand(scores, codes, "sign", path))
+
+
 each_table_path = pytest.mark.parametrize("path", TABLE_PATHS)
 
 

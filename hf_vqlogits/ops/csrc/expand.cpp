@@ -11,6 +11,7 @@
 #include "kernel_bytes.h"
 #include "layout.h"
 #include "parallel.h"
+#include "signs.h"
 #include "tables_plain.h"
 #include "top.h"
 
@@ -22,7 +23,7 @@ using vqlogits::Scoring;
 namespace {
 
 // `_INTERFACE` in ops/cpu.py; to be raised with every change of the functions below.
-constexpr int32_t kInterface = 5;
+constexpr int32_t kInterface = 6;
 constexpr int32_t kNoMemory = -1;
 
 // `_PATHS` in ops/cpu.py.
@@ -169,6 +170,18 @@ int32_t vqlogits_expand_plain(const Coding* coding, const float* scores, const v
     return kNoMemory;
   }
   return 0;
+}
+
+// codes [bytes] of packed signs -> out [8 bytes] of +1 and -1; type 0 float32, 1 bfloat16.
+void vqlogits_unpack(const uint8_t* codes, int64_t bytes, int32_t type, void* out,
+                     int32_t threads) {
+  static const vqlogits::SignsOfBytes<uint32_t> full(0xBF800000u, 0x3F800000u);
+  static const vqlogits::SignsOfBytes<uint16_t> half(0xBF80u, 0x3F80u);
+  if (type == 0) {
+    vqlogits::unpack(full, codes, bytes, static_cast<uint32_t*>(out), threads);
+  } else {
+    vqlogits::unpack(half, codes, bytes, static_cast<uint16_t*>(out), threads);
+  }
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-"""In which type large products of training are taken."""
+"""In which type large products are taken that need not be exact."""
 
 import torch
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_vqlogits.conversion.precision import product_dtype
+from hf_vqlogits.ops.precision import product_dtype
 
 
 @pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
