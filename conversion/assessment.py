@@ -1,10 +1,12 @@
 """Judging heads and putting the figures into a report."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_vqlogits import VQLogitsHead, VQLogitsMixtureHead
 from hf_vqlogits.embedding import VQEmbedding
@@ -14,7 +16,7 @@ from .codebooks import perplexity_bound
 from .comparison import HeadScore, Logits, compare_heads, judge_model
 from .coverage import EVALUATION_TEXT, OWN_TEXT, CoverageMeter, TextCoverage, warnings_of
 from .environment import machine, versions
-from .families import assemble
+from .families import SourceParts, assemble
 from .quantise import Quantiser
 from .refining import FittedRefinement
 from .report import ConversionReport
@@ -38,6 +40,7 @@ def assess(
     head: VQLogitsHead,
     embedding: VQEmbedding | None = None,
     refined: FittedRefinement | None = None,
+    body: PreTrainedModel | None = None,
     *,
     method: str,
     embeddings: str = "keep",
@@ -53,6 +56,7 @@ def assess(
         head: the chosen head; it is put into the type of the original's output layer.
         embedding: the quantised input embedding, likewise; None where the dense one stays.
         refined: refinement of the head, in that type as well; None where there is none.
+        body: the trained one, with the embedding; None where the original's stays.
         method: that made the head.
         embeddings: how the embedding was made.
         rungs: heads of other sizes to compare with; where `size` holds smaller ones, these.
@@ -95,14 +99,17 @@ def assess(
             own = hidden_states(parts.backbone, corpus.own, skip=corpus.own_unscored)
             coverage |= meter.measure(own, OWN_TEXT)
     refinement = None if refined is None else refined.refinement
-    model = assemble(parts, quantiser.config(size, **fields), head, embedding, refinement)
+    converted = parts if body is None else replace(parts, backbone=body)
+    model = assemble(converted, quantiser.config(size, **fields), head, embedding, refinement)
     model.generation_config = source.model.generation_config
     with quantiser.timed("evaluation"):
-        if embedding is not None:
+        if embedding is not None and body is None:
             scores[HEAD_ALONE] = scores[QUANTISED]
-            others[QUANTISED] = head
-            for name, layer in others.items():
-                scores[name] = _converted_score(quantiser, layer, scores["dense"])
+        behind: dict[str, Logits] = {} if embedding is None else others
+        if embedding is not None or body is not None:
+            behind = {**behind, QUANTISED: head}
+        for name, layer in behind.items():
+            scores[name] = _converted_score(quantiser, converted, layer, scores["dense"])
         times = logit_times(parts.weight, parts.bias, head, also)
         rung_times = {s: logit_times(parts.weight, parts.bias, h) for s, h in rungs.items()}
     vocab_size, hidden_size = parts.weight.shape
@@ -115,7 +122,7 @@ def assess(
         "after": quantised.perplexity,
         "factor": quantised.perplexity / dense.perplexity,
     }
-    if embedding is not None:
+    if HEAD_ALONE in scores:
         perplexity["head_alone"] = scores[HEAD_ALONE].perplexity
     report = ConversionReport(
         source=source.hub_name or last_part(source.name),
@@ -218,15 +225,25 @@ def _scores(
     )
 
 
-def _converted_score(quantiser: Quantiser, head: Logits, dense: HeadScore) -> HeadScore:
-    """Score of the head on the hidden states of the backbone with its quantised embedding."""
-    return judge_model(evaluation_batches(quantiser), in_own_type(quantiser, head), dense.choices)
+def _converted_score(
+    quantiser: Quantiser, converted: SourceParts, head: Logits, dense: HeadScore
+) -> HeadScore:
+    """Score of the head on the hidden states of the converted model's own backbone."""
+    batches = evaluation_batches(quantiser, converted.backbone)
+    return judge_model(batches, in_own_type(quantiser, head), dense.choices)
 
 
-def evaluation_batches(quantiser: Quantiser) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden states (n, d) of the evaluation text and the tokens that follow (n,), in batches."""
+def evaluation_batches(
+    quantiser: Quantiser, backbone: PreTrainedModel | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states (n, d) of the evaluation text and the tokens that follow (n,), in batches.
+
+    Args:
+        quantiser: of the model.
+        backbone: default the original's.
+    """
     return hidden_states(
-        quantiser.parts.backbone,
+        quantiser.parts.backbone if backbone is None else backbone,
         quantiser.corpus.evaluation,
         skip=quantiser.corpus.unscored,
         progress=quantiser.progress("evaluating"),

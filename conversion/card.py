@@ -85,6 +85,11 @@ def model_card(report: ConversionReport) -> str:
             "with output layer and input embedding trained by end-to-end distillation "
             f"({report.end_to_end})"
         )
+    if report.whole_model is not None:
+        training = (
+            "with the whole model, its body too, trained by distillation from the original "
+            f"({report.whole_model})"
+        )
     replaced = "output layer replaced by a vector-quantised one"
     if report.embeddings != "keep":
         replaced = "output layer and input embedding replaced by vector-quantised ones"

@@ -125,6 +125,13 @@ def parser() -> argparse.ArgumentParser:
         f"body (vq, tied); default {INPUT_DISTILL_STEPS} for signs, else 0",
     )
     p.add_argument(
+        "--body-distill-steps",
+        type=int,
+        default=0,
+        help="steps, of about 1,000 tokens, of training the whole model, its body too, towards the "
+        "original; default 0",
+    )
+    p.add_argument(
         "--num-mixtures",
         metavar="M",
         type=int,

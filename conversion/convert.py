@@ -73,6 +73,7 @@ def convert_to_vq(
     embeddings: str = "keep",
     embedding_bits: int | None = None,
     input_distill_steps: int | None = None,
+    body_distill_steps: int = 0,
     num_mixtures: int = 1,
     gate_activation: str = LINEAR,
     gate_temperature: float = 1.0,
@@ -132,6 +133,11 @@ def convert_to_vq(
         input_distill_steps: steps, of about a thousand positions each, of training the codebooks
             of input embedding and output layer together, through the body, with `"vq"` or
             `"tied"`; default 128 for signs where the text is long enough, else 0.
+        body_distill_steps: steps, of about a thousand positions each, of training the whole model,
+            a copy of the body with what was quantised, towards the original; after all else, 0 for
+            none. The copy, the best so far, gradients and what Adam keeps take the memory of five
+            bodies in float32. Not with `nested`, `refine_top_k` or `max_perplexity_increase`, which
+            know the original body only.
         num_mixtures: M, split the finished head into a mixture of M softmaxes that share its
             codebook and codes, and distil that by as many steps again; 1 for none. Not with
             `nested` or `refine_top_k`.
@@ -188,7 +194,7 @@ def convert_to_vq(
     if distill_steps is not None:
         _check_range("distill_steps", distill_steps, 0)
     if state_file is not None:
-        check_state_file(state_file, distill_steps, input_distill_steps)
+        check_state_file(state_file, distill_steps, input_distill_steps, body_distill_steps)
     gate: dict[str, Any] = {
         "num_mixtures": num_mixtures,
         "gate_activation": gate_activation,
@@ -196,6 +202,12 @@ def convert_to_vq(
     }
     check_mixture(**gate, nested=nested, refine_top_k=refine_top_k)
     _check_refinement(refine_top_k, refine_agreement, nested)
+    _check_body_steps(
+        body_distill_steps,
+        nested=nested,
+        refine_top_k=refine_top_k,
+        max_perplexity_increase=max_perplexity_increase,
+    )
     _check_range("seed", seed, 0, LAST_SEED)
     if folder is not None:
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
@@ -242,8 +254,11 @@ def convert_to_vq(
     quantiser = Quantiser(parts, corpus, seed, rereadings=rereadings, show_progress=progress)
     input_distill_steps = _steps("input_distill_steps", input_distill_steps, method, corpus)
     distill_steps = _steps("distill_steps", distill_steps, method, corpus)
+    if body_distill_steps:
+        check_length(corpus.calibration, "body_distill_steps")
+    trained = distill_steps + input_distill_steps + body_distill_steps > 0
     with quantiser.timed("calibration"):
-        statistics = quantiser.calibrate(keep_states=distill_steps + input_distill_steps > 0)
+        statistics = quantiser.calibrate(keep_states=trained)
     if embeddings == "tied":
         with quantiser.timed("calibration"):
             quantiser.besides = quantiser.input_metric()
@@ -297,6 +312,12 @@ def convert_to_vq(
             quantiser.distill_end_to_end(
                 head, embedding, input_distill_steps, state_file=files.get(size)
             )
+    body = None
+    if body_distill_steps:
+        with quantiser.timed("whole-model distillation"):
+            body = quantiser.trained_body(
+                head, embedding, body_distill_steps, state_file=files.get(size)
+            )
     report = assess(
         quantiser,
         source,
@@ -305,6 +326,7 @@ def convert_to_vq(
         head,
         embedding,
         refined,
+        body,
         method=method,
         embeddings=embeddings,
         rungs=rungs,
@@ -350,6 +372,16 @@ def _check_input_steps(asked: int | None, embeddings: str) -> int | None:
             "is 'keep'; use 'vq' or 'tied', or leave it out."
         )
     return 0
+
+
+def _check_body_steps(steps: int, **others: Any) -> None:
+    _check_range("body_distill_steps", steps, 0)
+    for name, given in others.items():
+        if steps and given:
+            raise ConversionError(
+                f"`body_distill_steps` {steps} does not go with `{name}` {given}, which knows the "
+                "original body only; leave one of them out."
+            )
 
 
 def _check_refinement(

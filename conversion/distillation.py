@@ -147,7 +147,7 @@ class _HeadTraining(Training):
             for hidden in self._advancing(step, step + 1):
                 self._backward(hidden, levels)
 
-        self.descend(head.parameters(), learning_rate, steps, backward)
+        self.descend(dict.fromkeys(head.parameters(), learning_rate), steps, backward)
 
     def _backward(self, hidden: Tensor, levels: Tensor | None) -> None:
         """Gradients of the mean divergence; levels of the sign codes of a plain head."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import ConversionError
 
-HEAD, MIXTURE, END_TO_END = "head", "mixture", "end to end"  # the stages, in their order
+HEAD, MIXTURE, END_TO_END, BODY = "head", "mixture", "end to end", "body"  # the stages, in order
 FORMAT = "stages of a distillation"
 
 

@@ -1,5 +1,6 @@
 """From the parts of a model and a corpus to heads: calibrate, fit, distil."""
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from hf_vqlogits import VQLogitsConfig, VQLogitsHead
 from hf_vqlogits.embedding import VQEmbedding
@@ -27,7 +29,7 @@ from .embeddings import (
     tie_embedding,
     token_weights,
 )
-from .end_to_end import distill_end_to_end
+from .end_to_end import distill_body, distill_end_to_end
 from .families import SourceParts, head_config
 from .metric import TokenMetric, token_metric
 from .redrawing import draw_tokens, redraw
@@ -240,6 +242,44 @@ class Quantiser:
                 advance=advance,
             )
         self.details["end to end"] = vars(done)
+
+    def trained_body(
+        self,
+        head: VQLogitsHead,
+        embedding: VQEmbedding | None,
+        steps: int,
+        *,
+        state_file: Path | None = None,
+    ) -> PreTrainedModel:
+        """A copy of the body that was trained towards the original, with head and embedding.
+
+        Args:
+            head: trained in place.
+            embedding: the quantised input embedding, likewise; None where the dense one stays.
+            steps: of about a thousand positions each.
+            state_file: where an interrupted run is kept.
+
+        Returns:
+            The copy, in the original's type, with the input embedding of the converted model.
+        """
+        original = self.parts.backbone
+        body = copy.deepcopy(original).float()
+        if embedding is not None:
+            body.set_input_embeddings(embedding)
+        with self._bar("distilling the whole model", steps) as (notify, advance):
+            done = distill_body(
+                body,
+                head,
+                self._states(),
+                teacher=_teacher(self.parts),
+                steps=steps,
+                seed=self.seed,
+                state_file=state_file,
+                notify=notify,
+                advance=advance,
+            )
+        self.details["body"] = vars(done)
+        return body.to(original.dtype)
 
     def refine(
         self,

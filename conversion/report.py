@@ -284,6 +284,11 @@ class ConversionReport:
             f"{done['kl_after']:.3g} nats a token, on text kept out of it{early}"
         )
 
+    @property
+    def whole_model(self) -> str | None:
+        """How the body was trained with all else, or None where it is the original's."""
+        return self._told("body", "the original model", "")
+
     @staticmethod
     def _refinement_rule(found: dict[str, Any]) -> str:
         """Which tokens are scored again, and what is certain of them, in words."""
@@ -338,6 +343,8 @@ class ConversionReport:
             facts.append(("distillation of the mixture", mixture))
         if self.end_to_end is not None:
             facts.append(("end-to-end distillation", self.end_to_end))
+        if self.whole_model is not None:
+            facts.append(("whole-model distillation", self.whole_model))
         if self.refinement is not None:
             facts.append(("best logits scored again", self._refinement_rule(self.refinement)))
         times = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())

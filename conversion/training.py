@@ -6,13 +6,14 @@ result, a training that diverges ends early, and one that was interrupted can go
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
 
 from .distillation_state import load_state, save_state
 
@@ -130,23 +131,25 @@ class Training:
 
     def descend(
         self,
-        parameters: Iterable[Tensor],
-        learning_rate: float,
+        rates: Mapping[nn.Parameter, float],
         steps: range,
         backward: Callable[[int], None],
+        *,
+        warm_up: float = 0.0,
     ) -> None:
         """Adam, for those of the steps that have not been made.
 
         Args:
-            parameters: what is trained.
-            learning_rate: in units of each parameter's root mean square; falls to zero along half a
-                cosine.
+            rates: learning rate of each parameter in units of its root mean square; they fall to
+                zero along half a cosine.
             steps: counted as in `history`.
             backward: `backward(step)` adds a step's gradient to that of the parameters.
+            warm_up: share of the steps in which the rates rise.
         """
-        groups = [{"params": [p], "lr": learning_rate * _spread(p)} for p in parameters]
+        groups = [{"params": [p], "lr": rate * _spread(p)} for p, rate in rates.items()]
         optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, len(steps)))
+        rising = math.ceil(warm_up * len(steps))
+        schedule = get_cosine_schedule_with_warmup(optimiser, rising, max(1, len(steps)))
         made = 0
         if self._adam is not None:
             made = self._adam["made"]
