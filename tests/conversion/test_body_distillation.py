@@ -14,9 +14,9 @@ from hf_vqlogits.conversion.cli import main
 from hf_vqlogits.conversion.corpus import Corpus
 from hf_vqlogits.conversion.end_to_end import distill_body
 from hf_vqlogits.conversion.errors import ConversionError
+from hf_vqlogits.conversion.evaluation import perplexity
 from hf_vqlogits.conversion.families import assemble, take_apart
 from hf_vqlogits.conversion.held_out import split
-from hf_vqlogits.conversion.evaluation import perplexity
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize
 from hf_vqlogits.conversion.text import split_lines, tokenize
