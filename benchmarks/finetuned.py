@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_vqlogits.conversion.codebooks import perplexity_bound
-from hf_vqlogits.conversion.convert import DISTILL_STEPS
+from hf_vqlogits.conversion.options import DISTILL_STEPS
 
 from .pairing import at_edge, pair, paired
 from .protocol import MODELS, load_case

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import hf_vqlogits  # noqa: F401 - registers the model type
 from hf_vqlogits.conversion.assessment import assess
 from hf_vqlogits.conversion.checkpoint import write_checkpoint
-from hf_vqlogits.conversion.convert import DISTILL_STEPS
+from hf_vqlogits.conversion.options import DISTILL_STEPS
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import choose_size
 from hf_vqlogits.conversion.source import Source

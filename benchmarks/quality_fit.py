@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hf_vqlogits.conversion.convert import DISTILL_STEPS
+from hf_vqlogits.conversion.options import DISTILL_STEPS
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize, choose_size
 

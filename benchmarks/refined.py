@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hf_vqlogits.conversion.convert import REFINE_AGREEMENT
 from hf_vqlogits.conversion.held_out import keep_out
+from hf_vqlogits.conversion.options import REFINE_AGREEMENT
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.refining import FittedRefinement
 from hf_vqlogits.conversion.sizes import choose_size

@@ -10,9 +10,10 @@ from typing import NoReturn
 from hf_vqlogits.configuration_vqlogits import EMBEDDINGS
 from hf_vqlogits.gates import ACTIVATIONS, LINEAR
 
-from .convert import DISTILL_STEPS, INPUT_DISTILL_STEPS, REFINE_AGREEMENT, convert_to_vq
+from .convert import convert_to_vq
 from .corpus import CALIBRATION_TOKENS, SELF_TOKENS
 from .errors import ConversionError
+from .options import DISTILL_STEPS, INPUT_DISTILL_STEPS, REFINE_AGREEMENT
 from .quantise import REREADINGS
 from .sizes import DEFAULT_FINE_SHARE, DEFAULT_REDUCTION, METHODS
 

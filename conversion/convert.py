@@ -12,7 +12,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_vqlogits import VQLogitsHead
-from hf_vqlogits.configuration_vqlogits import EMBEDDINGS
 from hf_vqlogits.gates import LINEAR
 
 from .assessment import assess
@@ -26,27 +25,30 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .choice import check_choice, sizes_to_choose_from
-from .corpus import Corpus, prepare_corpus
+from .corpus import prepare_corpus
 from .distillation_state import check_state_file
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
-from .held_out import check_length, keep_out, long_enough
+from .held_out import check_length, keep_out
 from .mixing import check_mixture, mix
 from .nested_sizes import check_nested, choose_nested_size
 from .nesting import nested_heads, state_files
+from .options import (
+    LAST_SEED,
+    REFINE_AGREEMENT,
+    check_body_steps,
+    check_input_steps,
+    check_options,
+    check_range,
+    check_refinement,
+    distillation_steps,
+)
 from .quantise import LADDER, REREADINGS, Quantiser
 from .report import ConversionReport
 from .selection import select_head
 from .sizes import HeadSize, check_size_options, choose_size
 from .source import Source, load_source
-
-LAST_SEED = 2**31 - 1  # the largest that every library here takes
-
-
-DISTILL_STEPS = 256  # some five minutes for SmolLM2-135M on two cores
-INPUT_DISTILL_STEPS = 128  # likewise
-REFINE_AGREEMENT = 0.999
 
 
 def convert_to_vq(
@@ -186,13 +188,13 @@ def convert_to_vq(
             max_perplexity_increase, method, embeddings, state_file, nested=nested, **choosing
         )
     check_size_options(method, **sizes)
-    _check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
-    input_distill_steps = _check_input_steps(input_distill_steps, embeddings)
+    check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
+    input_distill_steps = check_input_steps(input_distill_steps, embeddings)
     if calibration_tokens is not None:
-        _check_range("calibration_tokens", calibration_tokens, 1)
-    _check_range("rereadings", rereadings, 0)
+        check_range("calibration_tokens", calibration_tokens, 1)
+    check_range("rereadings", rereadings, 0)
     if distill_steps is not None:
-        _check_range("distill_steps", distill_steps, 0)
+        check_range("distill_steps", distill_steps, 0)
     if state_file is not None:
         check_state_file(state_file, distill_steps, input_distill_steps, body_distill_steps)
     gate: dict[str, Any] = {
@@ -201,14 +203,14 @@ def convert_to_vq(
         "gate_temperature": gate_temperature,
     }
     check_mixture(**gate, nested=nested, refine_top_k=refine_top_k)
-    _check_refinement(refine_top_k, refine_agreement, nested)
-    _check_body_steps(
+    check_refinement(refine_top_k, refine_agreement, nested)
+    check_body_steps(
         body_distill_steps,
         nested=nested,
         refine_top_k=refine_top_k,
         max_perplexity_increase=max_perplexity_increase,
     )
-    _check_range("seed", seed, 0, LAST_SEED)
+    check_range("seed", seed, 0, LAST_SEED)
     if folder is not None:
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
     source = load_source(
@@ -216,7 +218,7 @@ def convert_to_vq(
     )
     parts = take_apart(source.model)
     vocab_size, hidden_size = parts.weight.shape
-    _check_range("refine_top_k", refine_top_k, 0, vocab_size)
+    check_range("refine_top_k", refine_top_k, 0, vocab_size)
     refine_with_embedding = parts.tied and embeddings == "keep"
     choices = []
     if max_perplexity_increase is not None:
@@ -252,8 +254,10 @@ def convert_to_vq(
     if refine_top_k:
         corpus = keep_out(corpus, seed)
     quantiser = Quantiser(parts, corpus, seed, rereadings=rereadings, show_progress=progress)
-    input_distill_steps = _steps("input_distill_steps", input_distill_steps, method, corpus)
-    distill_steps = _steps("distill_steps", distill_steps, method, corpus)
+    input_distill_steps = distillation_steps(
+        "input_distill_steps", input_distill_steps, method, corpus
+    )
+    distill_steps = distillation_steps("distill_steps", distill_steps, method, corpus)
     if body_distill_steps:
         check_length(corpus.calibration, "body_distill_steps")
     trained = distill_steps + input_distill_steps + body_distill_steps > 0
@@ -345,64 +349,6 @@ def convert_to_vq(
     return report
 
 
-def _steps(option: str, asked: int | None, method: str, corpus: Corpus) -> int:
-    """Steps of a distillation; before the hours that come before it."""
-    if asked is not None:
-        if asked:
-            check_length(corpus.calibration, option)
-        return asked
-    if method != "signs":
-        return 0  # codes of these methods are not learnt, and their gradients are slow
-    if not long_enough(corpus.calibration):
-        note = "too little calibration text for a distillation: fitted only"
-        if note not in corpus.notes:
-            corpus.notes.append(note)
-        return 0
-    return {"distill_steps": DISTILL_STEPS, "input_distill_steps": INPUT_DISTILL_STEPS}[option]
-
-
-def _check_input_steps(asked: int | None, embeddings: str) -> int | None:
-    if asked is not None:
-        _check_range("input_distill_steps", asked, 0)
-    if embeddings != "keep":
-        return asked
-    if asked:
-        raise ConversionError(
-            f"`input_distill_steps` {asked} trains a quantised input embedding, but `embeddings` "
-            "is 'keep'; use 'vq' or 'tied', or leave it out."
-        )
-    return 0
-
-
-def _check_body_steps(steps: int, **others: Any) -> None:
-    _check_range("body_distill_steps", steps, 0)
-    for name, given in others.items():
-        if steps and given:
-            raise ConversionError(
-                f"`body_distill_steps` {steps} does not go with `{name}` {given}, which knows the "
-                "original body only; leave one of them out."
-            )
-
-
-def _check_refinement(
-    refine_top_k: int, refine_agreement: float, nested: Sequence[float] | None
-) -> None:
-    _check_range("refine_top_k", refine_top_k, 0)
-    if not 0 < refine_agreement <= 1:
-        raise ConversionError(
-            f"`refine_agreement` must lie above 0 and be at most 1, got {refine_agreement}."
-        )
-    if refine_top_k and nested is not None:
-        raise ConversionError(
-            f"`refine_top_k` {refine_top_k} does not go with `nested`: the errors of the logits "
-            "are kept for one size only. Convert to one size."
-        )
-    if not refine_top_k and refine_agreement != REFINE_AGREEMENT:
-        raise ConversionError(
-            f"`refine_agreement` {refine_agreement} needs `refine_top_k`; give it, 64 for example."
-        )
-
-
 def _ladder_sizes(vocab_size: int, hidden_size: int, fine_share: float | None) -> list[HeadSize]:
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -436,46 +382,6 @@ def _name_of(model_or_path: str | os.PathLike[str] | PreTrainedModel) -> str:
     if isinstance(model_or_path, PreTrainedModel):
         return model_or_path.config.name_or_path or ""
     return os.fspath(model_or_path)
-
-
-def _check_options(
-    embeddings: str,
-    embedding_bits: int | None,
-    ladder: bool,
-    method: str,
-    folder: Path | None,
-    push_to_hub: str | None,
-) -> None:
-    if embeddings not in EMBEDDINGS:
-        raise ConversionError(
-            f"`embeddings` must be one of {', '.join(EMBEDDINGS)}; got {embeddings!r}."
-        )
-    if embeddings == "tied" and method != "signs":
-        raise ConversionError(
-            f"`embeddings` 'tied' needs sign codes, but `method` is {method!r}; use 'vq' or 'keep'."
-        )
-    if embedding_bits is not None and embeddings != "vq":
-        raise ConversionError(
-            f"`embedding_bits` applies to `embeddings` 'vq' only, not to {embeddings!r}."
-        )
-    if embedding_bits is not None:
-        _check_range("embedding_bits", embedding_bits, 1)
-    if ladder and embeddings != "keep":
-        raise ConversionError(
-            f"`ladder` compares output layers alone, and `embeddings` {embeddings!r} changes more; "
-            "compare with 'keep', then convert with the size chosen."
-        )
-    if ladder and method != "signs":
-        raise ConversionError(f"`ladder` compares sign codes; it does not apply to {method!r}.")
-    if push_to_hub is not None and folder is None:
-        raise ConversionError("`push_to_hub` uploads the output folder; give `output` as well.")
-
-
-def _check_range(name: str, value: int, least: int, most: int | None = None) -> None:
-    if value < least:
-        raise ConversionError(f"`{name}` must be at least {least}, got {value}.")
-    if most is not None and value > most:
-        raise ConversionError(f"`{name}` must be at most {most}, got {value}.")
 
 
 def _write(folder: Path, report: ConversionReport, source: Source) -> None:

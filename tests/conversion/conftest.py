@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hf_vqlogits.conversion import convert, corpus
+from hf_vqlogits.conversion import corpus
 
 VOCAB = 400
 
@@ -27,8 +27,8 @@ def _offline(monkeypatch):
 @pytest.fixture(autouse=True)
 def _no_distillation_by_default(monkeypatch):
     """Only tests that ask for a distillation wait for one."""
-    monkeypatch.setattr(convert, "DISTILL_STEPS", 0)
-    monkeypatch.setattr(convert, "INPUT_DISTILL_STEPS", 0)
+    monkeypatch.setattr("hf_vqlogits.conversion.options.DISTILL_STEPS", 0)
+    monkeypatch.setattr("hf_vqlogits.conversion.options.INPUT_DISTILL_STEPS", 0)
 
 
 @pytest.fixture(autouse=True)

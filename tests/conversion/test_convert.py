@@ -263,7 +263,7 @@ def test_distillation_lowers_the_divergence(tiny_folder, text_file):
 
 @pytest.mark.parametrize(("method", "steps"), [("signs", 12), ("residual", 0)])
 def test_signs_are_distilled_by_default(method, steps, tiny_folder, text_file, monkeypatch):
-    monkeypatch.setattr(convert, "DISTILL_STEPS", 12)
+    monkeypatch.setattr("hf_vqlogits.conversion.options.DISTILL_STEPS", 12)
     report = convert_to_vq(
         tiny_folder, method=method, param_reduction=0.8, calibration_data=str(text_file)
     )
@@ -271,7 +271,7 @@ def test_signs_are_distilled_by_default(method, steps, tiny_folder, text_file, m
 
 
 def test_too_little_text_for_the_default_distillation(tiny_folder, monkeypatch):
-    monkeypatch.setattr(convert, "DISTILL_STEPS", 12)
+    monkeypatch.setattr("hf_vqlogits.conversion.options.DISTILL_STEPS", 12)
     report = convert_to_vq(tiny_folder, bits=8, calibration_data="self", calibration_tokens=500)
     assert "distillation" not in report.fit
     assert any("too little calibration text for a distillation" in note for note in report.notes)

@@ -250,7 +250,7 @@ def test_distilled_end_to_end_the_model_is_nearer_to_the_original(
 def test_sign_codes_are_distilled_end_to_end_by_default(
     tiny_folder, text_file, monkeypatch, method, mode, steps
 ):
-    monkeypatch.setattr(convert, "INPUT_DISTILL_STEPS", 3)
+    monkeypatch.setattr("hf_vqlogits.conversion.options.INPUT_DISTILL_STEPS", 3)
     size = {"bits": 12} if method == "signs" else {"codebook_size": 9}
     options = {"method": method, "embeddings": mode, "calibration_data": text_file, **size}
     report = convert_to_vq(tiny_folder, **options)
@@ -261,7 +261,7 @@ def test_sign_codes_are_distilled_end_to_end_by_default(
 
 def test_too_little_text_for_the_end_to_end_distillation(tiny_folder, monkeypatch):
     for name in ("DISTILL_STEPS", "INPUT_DISTILL_STEPS"):
-        monkeypatch.setattr(convert, name, 3)
+        monkeypatch.setattr(f"hf_vqlogits.conversion.options.{name}", 3)
     options = {"bits": 8, "calibration_data": "self", "calibration_tokens": 500}
     report = convert_to_vq(tiny_folder, embeddings="tied", **options)
     assert "end to end" not in report.fit
