@@ -28,7 +28,14 @@ from .distillation_state import HEAD, MIXTURE, fingerprint
 from .held_out import POSITIONS, rows_of_step, split
 from .metric import TokenMetric
 from .streaming import KeptStates
-from .training import Advance, Distillation, Notify, Training, divergence
+from .training import (
+    Advance,
+    Distillation,
+    Notify,
+    Training,
+    divergence,
+    relative_rates,
+)
 
 CODE_SHARE = 0.8  # of the steps, where codes are learnt
 CODE_STEPS = 64  # of an iteration that moves codes
@@ -147,7 +154,7 @@ class _HeadTraining(Training):
             for hidden in self._advancing(step, step + 1):
                 self._backward(hidden, levels)
 
-        self.descend(dict.fromkeys(head.parameters(), learning_rate), steps, backward)
+        self.descend(relative_rates(head.parameters(), learning_rate), steps, backward)
 
     def _backward(self, hidden: Tensor, levels: Tensor | None) -> None:
         """Gradients of the mean divergence; levels of the sign codes of a plain head."""

@@ -6,7 +6,7 @@ result, a training that diverges ends early, and one that was interrupted can go
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,13 +140,12 @@ class Training:
         """Adam, for those of the steps that have not been made.
 
         Args:
-            rates: learning rate of each parameter in units of its root mean square; they fall to
-                zero along half a cosine.
+            rates: learning rate of each parameter; they fall to zero along half a cosine.
             steps: counted as in `history`.
             backward: `backward(step)` adds a step's gradient to that of the parameters.
             warm_up: share of the steps in which the rates rise.
         """
-        groups = [{"params": [p], "lr": rate * _spread(p)} for p, rate in rates.items()]
+        groups = [{"params": [p], "lr": rate} for p, rate in rates.items()]
         optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
         rising = math.ceil(warm_up * len(steps))
         schedule = get_cosine_schedule_with_warmup(optimiser, rising, max(1, len(steps)))
@@ -197,5 +196,13 @@ def divergence(teacher_logits: Tensor, logits: Tensor) -> Tensor:
     )
 
 
-def _spread(values: Tensor) -> float:
+def relative_rates(
+    parameters: Iterable[nn.Parameter], learning_rate: float
+) -> dict[nn.Parameter, float]:
+    """Learning rates of parameters, from one in units of each one's root mean square."""
+    return {p: learning_rate * spread(p) for p in parameters}
+
+
+def spread(values: Tensor) -> float:
+    """Root mean square, or 1 where that is zero."""
     return float(values.detach().float().square().mean().sqrt()) or 1.0
