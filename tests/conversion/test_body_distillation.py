@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from hf_vqlogits.conversion import convert_to_vq, end_to_end, streaming
 from hf_vqlogits.conversion.cli import main
 from hf_vqlogits.conversion.corpus import Corpus
+from hf_vqlogits.conversion.distillation_state import HEAD, save_state
 from hf_vqlogits.conversion.end_to_end import distill_body
 from hf_vqlogits.conversion.errors import ConversionError
 from hf_vqlogits.conversion.evaluation import perplexity
@@ -156,6 +157,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(setting, tmp_path, after):
     whole = setting.distill(20)
     wanted = setting.tensors()
     setting.load(start)
+    save_state(file, HEAD, "key", {"of": "the head"})
 
     def interrupt(made, kl):
         if made >= after:

@@ -10,6 +10,7 @@ from hf_vqlogits.conversion.calibration import CalibrationStatistics
 from hf_vqlogits.conversion.cli import main
 from hf_vqlogits.conversion.code_training import trainable_head
 from hf_vqlogits.conversion.corpus import Corpus
+from hf_vqlogits.conversion.distillation_state import HEAD, save_state
 from hf_vqlogits.conversion.errors import ConversionError
 from hf_vqlogits.conversion.families import take_apart
 from hf_vqlogits.conversion.mixing import check_mixture, mix
@@ -77,6 +78,7 @@ def test_an_interrupted_distillation_of_the_mixture_goes_on(tmp_path):
             raise StopError
 
     quantiser, head, size, statistics = parts
+    save_state(tmp_path / "state", HEAD, "key", {"of": "the head"})
     quantiser._bar = lambda *_: _Bar(stop)
     head_before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     with pytest.raises(StopError):

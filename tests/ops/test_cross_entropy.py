@@ -159,6 +159,23 @@ def test_lower_precision(kind, dtype):
         assert error < 5 * tolerance
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_gradients_of_bfloat16_scores_are_as_fine_as_these(fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    scores = references.random_scores(33, 40).bfloat16()
+    codes, labels = references.random_sign_codes(700, 40), torch.arange(33)
+    nothing = (None, None)
+    _, gradient = cross_entropy.compute_cross_entropy(
+        scores, codes, "sign", *nothing, labels, IGNORED, 0.0, 1.0, None, 0.0, 8, True
+    )
+    exact = scores.double().requires_grad_()
+    logits = references.logits(exact, codes, "sign")
+    functional.cross_entropy(logits, labels, reduction="sum").backward()
+    assert gradient.dtype == torch.bfloat16
+    error = (gradient.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < torch.finfo(torch.bfloat16).eps
+
+
 @each_kind
 def test_autocast_rounds_the_scores_and_nothing_else(kind, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, "eager")  # exact to float32
