@@ -260,7 +260,8 @@ class Quantiser:
             state_file: where an interrupted run is kept.
 
         Returns:
-            The copy, in the original's type, with the input embedding of the converted model.
+            The copy, each tensor in the original's type, with the input embedding of the converted
+        model.
         """
         original = self.parts.backbone
         body = copy.deepcopy(original).float()
@@ -279,7 +280,11 @@ class Quantiser:
                 advance=advance,
             )
         self.details["body"] = vars(done)
-        return body.to(original.dtype)
+        # One by one: rotations and the like stay in float32 where all else is in half precision.
+        types = {name: tensor.dtype for name, tensor in _tensors(original)}
+        for name, tensor in _tensors(body):
+            tensor.data = tensor.data.to(types.get(name, tensor.dtype))
+        return body
 
     def refine(
         self,
@@ -394,6 +399,12 @@ class Quantiser:
         head.fold_direction = put(statistics.fold_direction().float())
         head.check_codes()
         return head
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, those too that no checkpoint holds."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _teacher(parts: SourceParts) -> Logits:

@@ -185,12 +185,16 @@ def test_families(family):
 
 def test_a_trained_body_is_a_copy_in_the_type_of_the_original():
     setting = Setting("vq")
-    setting.parts.backbone.bfloat16()
+    inverse = setting.parts.backbone.rotary_emb.inv_freq.clone()
+    for parameter in setting.parts.backbone.parameters():  # as a model is loaded
+        parameter.data = parameter.data.bfloat16()
     body = setting.quantiser.trained_body(setting.head, setting.embedding, 3)
     assert body is not setting.parts.backbone
     assert body.get_input_embeddings() is setting.embedding
     assert setting.parts.backbone.get_input_embeddings() is not setting.embedding
     assert {p.dtype for p in body.layers.parameters()} == {torch.bfloat16}
+    assert torch.equal(body.rotary_emb.inv_freq, inverse)
+    assert body.rotary_emb.inv_freq.dtype == torch.float32
     assert setting.quantiser.details["body"]["steps"] == 3
 
 
