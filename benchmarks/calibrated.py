@@ -1,9 +1,14 @@
-"""The statistics of a case's calibration text, kept in a work folder: they take the longest."""
+"""The statistics of a case's calibration text, kept in a work folder: they take the longest.
+
+The text as it was read, with what was drawn anew, is kept with them: a training after an interrupt
+reads the same.
+"""
 
 from typing import Any
 
 from hf_vqlogits.conversion.calibration import CalibrationStatistics
 from hf_vqlogits.conversion.quantise import Quantiser
+from hf_vqlogits.conversion.streaming import KeptStates
 
 from .protocol import Case
 from .work_folder import WorkFolder
@@ -16,17 +21,25 @@ def calibrated(
 
     Args:
         case: a model with its texts.
-        quantiser: of the case.
+        quantiser: of the case; it takes the hidden states of the text.
         work: the folder, of one seed and amount of text.
         name: under which they are kept there, of this text of the case.
     """
 
     def make() -> dict[str, Any]:
         with quantiser.timed("calibration"):
-            statistics = quantiser.calibrate()
-        return {"statistics": vars(statistics), "seconds": quantiser.seconds["calibration"]}
+            statistics = quantiser.calibrate(keep_states=True)
+        assert quantiser.states is not None
+        return {
+            "statistics": vars(statistics),
+            "blocks": quantiser.states.blocks,
+            "seconds": quantiser.seconds["calibration"],
+        }
 
     kept = work.tensors(f"{case.name}-{name}", make)
+    if quantiser.states is None:
+        versions = 1 + quantiser.rereadings
+        quantiser.states = KeptStates(case.parts.backbone, kept["blocks"], versions=versions)
     told = {
         "calibration_seconds": kept["seconds"],
         "calibration_tokens": quantiser.corpus.calibration.numel(),

@@ -9,11 +9,13 @@ seeds run at that rate only. A figure is the perplexity over that of the dense m
 seed, on the first `--evaluation-tokens` of each text of the protocol; mean and spread over the
 seeds.
 
-Heads are fitted and distilled first, once. What is done is kept in `--work`, a file a run: after an
-interrupt the same command goes on, and with other `--rates`, `--seeds` or `--only` it adds to what
-is there. A row that the output holds is not made again: `--only` makes a part. Where `--work` is
-lost, the trainings of the dense model come again with every part, because the others' greedy tokens
-are compared with theirs.
+Heads are fitted and distilled first, once; the models of rows `whole-...` are then distilled as a
+whole from the original. No label is read in that, but the text is, once more than by the others.
+
+What is done is kept in `--work`, a file a run: after an interrupt the same command goes on; with
+other `--rates`, `--seeds` or `--only` it adds to what is there. A row that the output holds is not
+made again: `--only` makes a part. Where `--work` is lost, the trainings of the dense model come
+again with every part, because the others' greedy tokens are compared with theirs.
 """
 
 import argparse
@@ -110,12 +112,14 @@ def main() -> None:
     p.add_argument("--head-factor", type=float, default=1.0, help="rate of codewords over others")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--distill-steps", type=int, default=DISTILL_STEPS)
+    p.add_argument("--body-distill-steps", type=int, default=250, help="of the whole-... rows")
     p.add_argument("--evaluation-tokens", type=int, default=20_000, help="of each text")
     p.add_argument("--quick", action="store_true", help="very little of all, to see that it runs")
     p.add_argument("--output", type=Path, required=True, help="JSON; rows in it are kept")
     options = p.parse_args()
     steps = min(options.steps, QUICK_STEPS) if options.quick else options.steps
     distill_steps = QUICK_STEPS if options.quick else options.distill_steps
+    body_distill_steps = QUICK_STEPS if options.quick else options.body_distill_steps
     judged = QUICK_TOKENS if options.quick else options.evaluation_tokens
     schedule = Schedule(
         steps, options.tokens_per_step, options.batch_size, options.context, options.head_factor
@@ -128,6 +132,7 @@ def main() -> None:
         "batch_size": options.batch_size,
         "context": options.context,
         "distill_steps": distill_steps,
+        "body_distill_steps": body_distill_steps,
         "evaluation_tokens": judged,
     }
     try:
@@ -154,6 +159,7 @@ def main() -> None:
         rates=options.rates,
         seeds=options.seeds,
         distill_steps=distill_steps,
+        body_distill_steps=body_distill_steps,
         evaluation_tokens=judged,
     )
     for row in rows:

@@ -5,6 +5,7 @@ What is made here may be trained without the case it comes from changing.
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,13 @@ def dense_model(parts: SourceParts) -> PreTrainedModel:
 
 
 def quantised_model(
-    quantiser: Quantiser, size: HeadSize, head: VQLogitsHead, *, embeddings: str = "keep"
+    quantiser: Quantiser,
+    size: HeadSize,
+    head: VQLogitsHead,
+    *,
+    embeddings: str = "keep",
+    body_steps: int = 0,
+    state_file: Path | None = None,
 ) -> PreTrainedModel:
     """The converted model, with copies of backbone and head.
 
@@ -51,10 +58,16 @@ def quantised_model(
         size: of the head.
         head: the output layer; `"tied"` needs sign codes.
         embeddings: `"keep"` or `"tied"`.
+        body_steps: of the distillation of the whole model; 0 leaves it out.
+        state_file: where that is kept if it is interrupted.
     """
     head = copy.deepcopy(head)
-    parts = replace(quantiser.parts, backbone=copy.deepcopy(quantiser.parts.backbone))
     embedding = None
     if embeddings == "tied":
         embedding = quantiser.embedding("tied", head, size.num_codebooks)
+    if body_steps:
+        body = quantiser.trained_body(head, embedding, body_steps, state_file=state_file)
+    else:
+        body = copy.deepcopy(quantiser.parts.backbone)
+    parts = replace(quantiser.parts, backbone=body)
     return assemble(parts, quantiser.config(size, embeddings=embeddings), head, embedding)

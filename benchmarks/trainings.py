@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_vqlogits import VQLogitsHead
-from hf_vqlogits.conversion.calibration import CalibrationStatistics
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize, choose_size
 
+from .calibrated import calibrated
 from .models import dense_model, fit_head, quantised_model
 from .pairing import Run, choose_rate
 from .protocol import Case
@@ -34,12 +34,14 @@ class Row:
         method: of the converter; None is the dense model.
         reduction: share of the output layer's parameters that it saves.
         embeddings: `"keep"` or `"tied"`.
+        whole: after the head the whole model is distilled from the original, before it is tuned.
     """
 
     name: str
     method: str | None = None
     reduction: float = 0.0
     embeddings: str = "keep"
+    whole: bool = False
 
 
 ROWS = {
@@ -52,6 +54,10 @@ ROWS = {
         Row("tied-98", "signs", 0.98, "tied"),
         Row("tied-96", "signs", 0.96, "tied"),
         Row("kmeans-99", "kmeans", 0.99),
+        Row("whole-99", "signs", 0.99, whole=True),
+        Row("whole-98", "signs", 0.98, whole=True),
+        Row("whole-tied-98", "signs", 0.98, "tied", whole=True),
+        Row("whole-tied-96", "signs", 0.96, "tied", whole=True),
     )
 }
 
@@ -67,6 +73,7 @@ class Bench:
         rates: learning rates to choose from.
         seeds: of the trainings, the first that of the choice.
         distill_steps: of every head.
+        body_distill_steps: of the models that are distilled as a whole, after their heads.
         evaluation_tokens: of each text.
         tell: prints a line after every training.
         fit_seed: of the fit and the distillation.
@@ -82,6 +89,7 @@ class Bench:
         rates: Sequence[float],
         seeds: Sequence[int],
         distill_steps: int,
+        body_distill_steps: int,
         evaluation_tokens: int,
         tell: Callable[[str], None] = print,
         fit_seed: int = 0,
@@ -89,7 +97,8 @@ class Bench:
         self.case, self.rows = case, rows
         self._work, self._schedule = work, schedule
         self.rates, self.seeds = rates, seeds
-        self._distill_steps, self._tell = distill_steps, tell
+        self._distill_steps, self._body_distill_steps = distill_steps, body_distill_steps
+        self._tell = tell
         self._seconds: dict[str, list[float]] = {}
         self.texts = {
             text: first_tokens(blocks, evaluation_tokens)
@@ -118,7 +127,7 @@ class Bench:
         name = f"head-{method}-{row.reduction}-{row.embeddings}"
 
         def make() -> dict[str, Any]:
-            statistics = self._statistics()
+            statistics, _ = calibrated(self.case, self._quantiser, self._work)
             self._quantiser.besides = self._input_metric() if row.embeddings == "tied" else None
             fitted = self._work.tensors(
                 f"{name}-fitted",
@@ -136,14 +145,6 @@ class Bench:
         metric: Tensor = found["metric"]
         return metric
 
-    def _statistics(self) -> CalibrationStatistics:
-        """Of the calibration text: the longest step of all, so kept as well."""
-
-        def make() -> dict[str, Any]:
-            return vars(self._quantiser.calibrate(keep_states=True))
-
-        return CalibrationStatistics(**self._work.tensors("statistics", make))
-
     def _empty_head(self, size: HeadSize, state: Mapping[str, Tensor]) -> VQLogitsHead:
         head = VQLogitsHead(self._quantiser.config(size))
         head.load_state_dict(state)
@@ -154,7 +155,28 @@ class Bench:
         if row.method is None:
             return dense_model(self.case.parts)
         size, head = self.head(row)
-        return quantised_model(self._quantiser, size, head, embeddings=row.embeddings)
+        model = quantised_model(self._quantiser, size, head, embeddings=row.embeddings)
+        if row.whole:
+            model.load_state_dict(self._distilled(row, size, head))
+        return model
+
+    def _distilled(self, row: Row, size: HeadSize, head: VQLogitsHead) -> dict[str, Any]:
+        """Tensors of a row's model after the distillation of body and head."""
+        name = f"{row.name}-distilled"
+
+        def make() -> dict[str, Any]:
+            calibrated(self.case, self._quantiser, self._work)
+            model = quantised_model(
+                self._quantiser,
+                size,
+                head,
+                embeddings=row.embeddings,
+                body_steps=self._body_distill_steps,
+                state_file=self._work.path(f"{name}-state.pt"),
+            )
+            return model.state_dict()
+
+        return self._work.tensors(name, make)
 
     def untuned(self, row: Row) -> Run:
         """A row's model before any training."""

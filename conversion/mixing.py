@@ -9,11 +9,10 @@ from hf_vqlogits.gates import LINEAR, check_activation, check_temperature
 from hf_vqlogits.mixture import split
 
 from .calibration import CalibrationStatistics
+from .distillation_state import MIXTURE
 from .errors import ConversionError
 from .quantise import Quantiser
 from .sizes import HeadSize
-
-MIXTURE = "mixture"  # in the report
 
 
 def check_mixture(

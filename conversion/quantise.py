@@ -55,7 +55,7 @@ class Quantiser:
         rereadings: how often the calibration text is read again, redrawn (`redrawing.py`).
         seconds: time of each step so far.
         details: what the steps told of themselves.
-        states: hidden states that the calibration kept.
+        states: of the text that the calibration read.
         besides: what errors of sign codes count for besides the logits; see [`token_metric`].
     """
 
@@ -112,8 +112,7 @@ class Quantiser:
                 drawn.clear()
             for hidden in states(rows, progress=progress):
                 accumulator.update(hidden, draw if version < self.rereadings else None)
-        if keep_states:
-            self.states = states
+        self.states = states
         return accumulator.finish()
 
     def input_metric(self) -> Tensor:

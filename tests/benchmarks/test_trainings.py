@@ -21,6 +21,7 @@ def start(tiny_case, tmp_path, monkeypatch):
         "dense": Row("dense"),
         "tied": Row("tied", "signs", 0.9, "tied"),
         "untied": Row("untied", "signs", 0.9),
+        "whole": Row("whole", "signs", 0.9, "tied", whole=True),
         "one": Row("one", "kmeans", 0.9),
     }
     for module in (trainings, finetuned):
@@ -72,6 +73,27 @@ def test_only_tied_heads_are_fitted_to_both_sides(start, monkeypatch):
     monkeypatch.setattr(trainings, "fit_head", record)
     start("--seeds", "0", "--only", "tied", "untied")
     assert [besides is None for besides in seen] == [False, True]
+
+
+def test_whole_models_are_distilled_once(start, monkeypatch):
+    made = []
+    original = trainings.Quantiser.trained_body
+
+    def record(quantiser, head, embedding, steps, **options):
+        made.append((steps, quantiser.states.versions, len(quantiser.states.blocks)))
+        return original(quantiser, head, embedding, steps, **options)
+
+    monkeypatch.setattr(trainings.Quantiser, "trained_body", record)
+    first = start("--seeds", "0", "--only", "tied")
+    second = start("--seeds", "0", "--only", "tied", "whole")  # the statistics are there by now
+    tied, whole = second["rows"][1:]
+    assert tied == first["rows"][1]
+    assert whole["whole"]
+    assert not tied["whole"]
+    assert whole["untuned"]["factor"] != tied["untuned"]["factor"]
+    again = start("--seeds", "0", "--only", "whole", output="again.json")
+    assert again["rows"][1] == {**whole, "run": 0}
+    assert made == [(4, 2, 2 * 105)]  # every 20th row is held out
 
 
 def test_finished_runs_are_not_repeated(start, monkeypatch, capsys):
@@ -135,6 +157,7 @@ def test_the_rate_is_chosen_by_the_text_kept_out(tiny_case, tmp_path, monkeypatc
         rates=[1e-5, 1e-2],
         seeds=[3],
         distill_steps=1,
+        body_distill_steps=1,
         evaluation_tokens=32,
         tell=lambda line: None,
     )
