@@ -122,7 +122,8 @@ def convert_to_vq(
             that the model writes.
         rereadings: how often the calibration text is read again, each time with half of its tokens
             replaced by others that the model expects.
-        eval_data: text to judge by; default a held-out fifth of the calibration text.
+        eval_data: text to judge by, likewise, of a data set the split `test`; its first 25,000
+            tokens count. Default: a held-out fifth of the calibration text.
         distill_steps: steps, of about a thousand positions each, of training codes and codebook
             towards the dense layer; default 256 for signs where the text is long enough, else 0.
         distill_state: file that keeps the state of the distillation, so that the same call goes on
@@ -296,17 +297,6 @@ def convert_to_vq(
             state_file=files.get(size),
             **gate,
         )
-    refined = None
-    if refine_top_k:
-        with quantiser.timed("refinement"):
-            refined = quantiser.refine(
-                head,
-                size,
-                statistics,
-                top_k=refine_top_k,
-                agreement=refine_agreement,
-                with_embedding=refine_with_embedding,
-            )
     embedding = None
     if embedding_bits is not None:
         with quantiser.timed("input embedding"):
@@ -315,6 +305,17 @@ def convert_to_vq(
         with quantiser.timed("end-to-end distillation"):
             quantiser.distill_end_to_end(
                 head, embedding, input_distill_steps, state_file=files.get(size)
+            )
+    refined = None
+    if refine_top_k:  # when the head is finished: it knows the head's errors
+        with quantiser.timed("refinement"):
+            refined = quantiser.refine(
+                head,
+                size,
+                statistics,
+                top_k=refine_top_k,
+                agreement=refine_agreement,
+                with_embedding=refine_with_embedding,
             )
     body = None
     if body_distill_steps:
@@ -338,7 +339,7 @@ def convert_to_vq(
     if selection is not None:
         selection.tell(report)
     if folder is not None:
-        report.output = str(folder)
+        report.output, report.repository = str(folder), push_to_hub
         # Again: hours have passed, and something may have appeared there.
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
         _write(folder, report, source)

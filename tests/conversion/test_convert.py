@@ -23,6 +23,7 @@ from hf_vqlogits.conversion import (
 from hf_vqlogits.conversion.assessment import assess
 from hf_vqlogits.conversion.cli import main, parser
 from hf_vqlogits.conversion.evaluation import perplexity
+from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import METHODS, HeadSize
 from hf_vqlogits.conversion.text import split_lines, tokenize
 
@@ -232,6 +233,28 @@ def test_the_best_logits_are_scored_again(
         dense = perplexity(AutoModelForCausalLM.from_pretrained(tiny_folder), held_out, context=64)
         assert found["greedy_agreement"] > 0.97
         assert dense.tokens == measured.tokens
+
+
+@pytest.mark.parametrize("embeddings", ["vq", "tied"])
+def test_the_refinement_is_of_the_finished_head(tiny_folder, text_file, embeddings, monkeypatch):
+    fitted = []
+    original = Quantiser.refine
+
+    def record(quantiser, head, *arguments, **options):
+        fitted.append(head.codebook.detach().clone())
+        return original(quantiser, head, *arguments, **options)
+
+    monkeypatch.setattr(Quantiser, "refine", record)
+    report = convert_to_vq(
+        tiny_folder,
+        bits=12,
+        calibration_data=str(text_file),
+        embeddings=embeddings,
+        input_distill_steps=3,
+        refine_top_k=9,
+    )
+    assert report.end_to_end is not None
+    assert torch.equal(fitted[0], report.model.lm_head.codebook)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -447,6 +470,7 @@ def test_push_to_hub_uploads_the_output_folder(tiny_folder, text_file, tmp_path,
         ("create_repo", ("someone/tiny-vq",), {"exist_ok": True}),
         ("upload_folder", (), {"repo_id": "someone/tiny-vq", "folder_path": str(out)}),
     ]
+    assert 'from_pretrained("someone/tiny-vq")' in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
