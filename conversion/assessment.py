@@ -128,6 +128,7 @@ def assess(
         source=source.hub_name or last_part(source.name),
         base_model=source.hub_name,
         output=None,
+        repository=None,
         method=method,
         code_type=size.code_type,
         vocab_size=vocab_size,

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from hf_vqlogits.ops.precision import product_dtype
 
+from .errors import ConversionError
+
 CHUNK_BYTES = 128 << 20  # of the logits of a chunk; each adds a V x d product to the contexts
 
 Watch = Callable[[Tensor], object]
@@ -162,8 +164,9 @@ class StatisticsAccumulator:
             return
         hidden = hidden.detach().to(self._weight.device, torch.float32)
         if not torch.isfinite(hidden).all():
-            raise ValueError(
-                "`hidden` holds NaN or infinity; calibrate in a wider type (float32 or bfloat16)."
+            raise ConversionError(
+                "The model's hidden states hold NaN or infinity; convert it in a wider type, "
+                "`dtype` float32 or bfloat16."
             )
         if self._origin is None:
             self._origin = hidden.double().mean(0)

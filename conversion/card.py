@@ -15,7 +15,6 @@ from .size_tables import (
     ladder_cells,
     nested_cells,
 )
-from .wording import last_part
 
 PLOT_FILE = "vq_report.png"
 CARD = """---
@@ -98,7 +97,7 @@ def model_card(report: ConversionReport) -> str:
         metadata=metadata.to_yaml(),
         source=report.source,
         training=training,
-        title=last_part(report.output or "model"),
+        title=report.name,
         codes=dict(report.facts())["method, codes"],
         before_after=_table(("", "before", "after"), report.rows()),
         plot=PLOT_FILE,

@@ -93,7 +93,11 @@ def parser() -> argparse.ArgumentParser:
         help="how often the calibration text is read again, each time with half of its tokens "
         f"replaced by others that the model expects; default {REREADINGS}",
     )
-    text.add_argument("--eval-data", help="default: a held-out fifth of the calibration text")
+    text.add_argument(
+        "--eval-data",
+        help="likewise, of a data set the split `test`; default: a held-out fifth of the "
+        "calibration text",
+    )
     p.add_argument(
         "--distill-steps",
         type=int,

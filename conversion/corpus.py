@@ -111,7 +111,9 @@ def prepare_corpus(
     text = None if asked == SELF else _calibration_text(source, asked, characters, notes)
     held_text = None
     if held_name is not None:
-        held_text = load_text(held_name, max_characters=CHARACTERS * EVALUATION_TOKENS)
+        _check_apart(asked or WIKITEXT, held_name)
+        most = CHARACTERS * EVALUATION_TOKENS
+        held_text = load_text(held_name, split="test", max_characters=most)
     if text is None:
         tokens = calibration_tokens or SELF_TOKENS
         if asked is None:
@@ -137,6 +139,20 @@ def prepare_corpus(
     return Corpus(
         calibration, evaluation, shown, held_shown, notes, unscored, own, own_unscored=len(prefix)
     )
+
+
+def _check_apart(name: str, held_name: str) -> None:
+    """Refuse to judge by the calibration text; of data sets other splits are read unless named."""
+    places = [Path(text).expanduser() for text in (name, held_name)]
+    if all(place.exists() for place in places):
+        same = places[0].samefile(places[1])
+    else:
+        same = name == held_name and name.count(":") > 1
+    if same:
+        raise ConversionError(
+            f"`eval_data` {held_name!r} is the calibration text, by which no head can be judged; "
+            "give other text, or leave it out: then a fifth of that text is kept for it."
+        )
 
 
 def _shown(name: str) -> str:

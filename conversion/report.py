@@ -35,6 +35,7 @@ class ConversionReport:
         source: the model that was converted: its name on the hub, the last part of its folder's
             path, or its class.
         output: the folder written, or None; `vq_report.json` holds the last part of its path.
+        repository: to which that is uploaded, or None.
         method: how codes were made.
         code_type: `"sign"` or `"index"`.
         vocab_size: V.
@@ -89,6 +90,7 @@ class ConversionReport:
 
     source: str
     output: str | None
+    repository: str | None
     method: str
     code_type: str
     vocab_size: int
@@ -377,8 +379,13 @@ class ConversionReport:
 
     def loading_of_a_size(self) -> str:
         """A call that loads the smallest size inside."""
-        name, bits = last_part(self.output or "model"), self.nested[0].num_codebooks
-        return f'AutoModelForCausalLM.from_pretrained("{name}", num_codebooks={bits})'
+        bits = self.nested[0].num_codebooks
+        return f'AutoModelForCausalLM.from_pretrained("{self.name}", num_codebooks={bits})'
+
+    @property
+    def name(self) -> str:
+        """By which the model is loaded: its repository, or the last part of its folder."""
+        return self.repository or last_part(self.output or "model")
 
     @property
     def search_title(self) -> str:

@@ -194,5 +194,5 @@ def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match=r"`hidden` must be \(n, 6\)"):
         accumulator.update(hidden[:, :-1])
     hidden[3, 2] = torch.inf
-    with pytest.raises(ValueError, match="`hidden` holds NaN or infinity"):
+    with pytest.raises(ValueError, match="hidden states hold NaN or infinity; convert it in"):
         accumulator.update(hidden)

@@ -268,3 +268,25 @@ class TestDefaultText:
         assert corpus._calibration_text(source("$A"), None, 1_000, notes) == "one line\nanother\n"
         assert time.perf_counter() - start < 10
         assert notes == []
+
+
+def test_the_calibration_text_is_no_text_to_judge_by(source, text_file, tmp_path, monkeypatch):
+    made = source("$A")
+    (tmp_path / "link.txt").symlink_to(text_file)
+    options = {**OPTIONS, "calibration_data": str(text_file)}
+    with pytest.raises(ConversionError, match="link.txt' is the calibration text, by which no"):
+        prepare_corpus(made, **{**options, "eval_data": tmp_path / "link.txt"})
+
+    read = []
+
+    def load(name, *, split="train", max_characters):
+        read.append((name, split))
+        return text_file.read_text()
+
+    monkeypatch.setattr(corpus, "load_text", load)
+    options = {**OPTIONS, "calibration_data": "some/text", "eval_data": "some/text"}
+    prepare_corpus(made, **options)
+    assert sorted(read) == [("some/text", "test"), ("some/text", "train")]
+    named = "some/text:part:train"
+    with pytest.raises(ConversionError, match="'some/text:part:train' is the calibration text"):
+        prepare_corpus(made, **{**options, "calibration_data": named, "eval_data": named})

@@ -15,6 +15,7 @@ from hf_vqlogits.conversion.size_tables import Candidate, LadderRung, NestedRung
 def report():
     return ConversionReport(
         source="gpt2",
+        repository=None,
         output="out/gpt2-vq",
         method="signs",
         code_type="sign",
