@@ -81,7 +81,7 @@ def linear_cross_entropy(
             arXiv 2202.08906).
         num_items_in_batch: with `"mean"`, divide the sum by this number, as Trainer does with rows
             spread over several batches, and not by that of the rows that count here.
-        chunk_size: rows whose logits exist at a time; None takes 64 MB of logits. The GPU kernels
+        chunk_size: rows whose logits exist at a time; None takes 40 MB of logits. The GPU kernels
             for sign codes keep none.
 
     Returns:
