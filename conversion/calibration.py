@@ -80,17 +80,13 @@ class CalibrationStatistics:
         """Direction along which a bias is best folded into weights that have none.
 
         Of all changes D of an output vector, D = b u with u = E[h h^T]^-1 E[h] minimises
-        E[(D . h - b)^2]; what remains of b^2 is the share `fold_residual()`.
+        E[(D . h - b)^2]; what remains of b^2 is the share 1 - u . E[h].
 
         Returns:
             u, (d,) float64.
         """
         solved = torch.linalg.solve(self.regularised_covariance(), self.mean)
         return solved / (1 + self.mean @ solved)  # Sherman and Morrison
-
-    def fold_residual(self) -> float:
-        """Share of a folded bias's square that is lost on average: 1 - u . E[h], in [0, 1]."""
-        return float(1 - self.fold_direction() @ self.mean)
 
 
 class StatisticsAccumulator:

@@ -27,7 +27,7 @@ FIRST_GAIN = 0.9
 HOPELESS = 4.0  # times the limit by the fit alone: no distillation takes off three quarters
 LEAST_GROWTH = 1e-6  # below it the curve would be of noise
 STEP = 8  # bits of a byte of codes
-MOST_BITS_PER_WEIGHT = 4.0  # SmolLM2-135M has a factor of 1.008 at 3.75
+MOST_BITS_TRIED = 4.0  # SmolLM2-135M has a factor of 1.008 at 3.75
 LARGEST_INCREASE = 1.0
 
 
@@ -194,7 +194,7 @@ def sizes_to_choose_from(
     Raises:
         ConversionError: there is none.
     """
-    most = int(MOST_BITS_PER_WEIGHT * hidden_size)
+    most = int(MOST_BITS_TRIED * hidden_size)
     step = STEP if most >= 8 * STEP else 1
     # The smallest tells what is wrong with a vocabulary that is too small for any.
     first = choose_size(

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from .calibration import CalibrationStatistics
 from .clustering import cluster_means, kmeans
-from .metric import TokenMetric, token_metric
+from .metric import TokenMetric, check_weights, token_metric
 from .residual import fit_residual, reconstruct
-
-METHODS = ("residual", "kmeans", "random", "contiguous", "frequency")
+from .sizes import INDEX_METHODS
 
 Progress = Callable[[str], Callable[[Iterable[Any]], Iterable[Any]]]
 
@@ -81,7 +80,7 @@ def fit_index(
         ValueError: unknown method, impossible or contradictory sizes, `statistics` missing or of
             another shape, or weights that are not finite.
     """
-    _check_layer(weight, bias)
+    check_weights(weight, bias=bias)
     _check_sizes(len(weight), method, num_codebooks, codebook_size)
     if num_codebooks == 1 and codebook_size == len(weight):
         return _fit_groups(weight, bias, torch.arange(len(weight), device=weight.device))
@@ -127,19 +126,9 @@ def perplexity_bound(codes: Tensor, labels: Tensor) -> float:
     return float(crowd[labels.flatten().cpu()].mean().exp())
 
 
-def _check_layer(weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"`weight` must be (V, d) with V, d >= 1, got {tuple(weight.shape)}.")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"`bias` must be ({len(weight)},), got shape {tuple(bias.shape)}.")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"`{name}` holds NaN or infinity; repair the checkpoint first.")
-
-
 def _check_sizes(vocab_size: int, method: str, num_codebooks: int, codebook_size: int) -> None:
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
+    if method not in INDEX_METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(INDEX_METHODS)}; got {method!r}.")
     if num_codebooks < 1 or codebook_size < 1:
         raise ValueError(
             "`num_codebooks` and `codebook_size` must be at least 1, got "

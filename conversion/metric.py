@@ -109,7 +109,7 @@ def token_metric(
     Raises:
         ValueError: shapes do not fit, or the weights are not finite.
     """
-    check_weights(weight, statistics, bias)
+    check_weights(weight, statistics, bias=bias)
     device = weight.device if device is None else device
     rows = weight.detach().to(device, torch.float32)
     mean = statistics.mean.to(device)
@@ -139,7 +139,7 @@ def token_metric(
 
 
 def check_weights(
-    weight: Tensor, statistics: CalibrationStatistics, bias: Tensor | None = None
+    weight: Tensor, statistics: CalibrationStatistics | None = None, *, bias: Tensor | None = None
 ) -> None:
     """Refuse output weights that cannot be quantised.
 
@@ -148,7 +148,7 @@ def check_weights(
     """
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"`weight` must be (V, d) with V, d >= 1, got {tuple(weight.shape)}.")
-    if statistics.context.shape != weight.shape:
+    if statistics is not None and statistics.context.shape != weight.shape:
         raise ValueError(
             f"`statistics` are of a (V, d) = {tuple(statistics.context.shape)} layer, `weight` is "
             f"{tuple(weight.shape)}; calibrate with the same weights."

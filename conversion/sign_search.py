@@ -14,7 +14,6 @@ runs in torch, all tokens of a tile in step, which suits a GPU and is slow on a 
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -55,7 +54,6 @@ def search_signs(
     effort: SearchEffort,
     seed: int = 0,
     free: Tensor | None = None,
-    progress: Callable[[Iterable[slice]], Iterable[slice]] = iter,
 ) -> None:
     """Search the codes of every token, in place; no token's error grows.
 
@@ -66,7 +64,6 @@ def search_signs(
         effort: how long.
         seed: of the lengths of the bans.
         free: (n,) int64, the bits that may flip; default all.
-        progress: wraps the iteration over tiles of tokens.
     """
     compiled = _library() if signs.device.type == "cpu" else None
     words = codebook if free is None else codebook[free]
@@ -74,7 +71,7 @@ def search_signs(
     if compiled is not None:
         padded = -(-len(gram) // LANES) * LANES
         gram = torch.nn.functional.pad(gram, (0, padded - len(gram))).contiguous()
-    for tile in progress(tiles(len(signs))):
+    for tile in tiles(len(signs)):
         difference = torch.addmm(metric.rows[tile], signs[tile].float(), codebook, alpha=-1)
         context = metric.context[tile] @ words.T  # (n, free bits)
         along = (difference * metric.context[tile]).sum(1, keepdim=True)

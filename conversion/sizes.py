@@ -6,7 +6,8 @@ from typing import Any
 from .errors import ConversionError
 
 SINGLE_CODEBOOK = ("kmeans", "random", "contiguous", "frequency")
-METHODS = ("signs", "residual", *SINGLE_CODEBOOK)
+INDEX_METHODS = ("residual", *SINGLE_CODEBOOK)
+METHODS = ("signs", *INDEX_METHODS)
 DEFAULT_REDUCTION = 0.98
 # Four codewords a codebook give the most bits for a number of float parameters (as many as two,
 # with half the look-ups); on a GPT-2 with d = 256, 125 codebooks of 4 gave a perplexity factor of

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
+
+from hf_vqlogits.loading import listed
 
 from .errors import ConversionError
 from .families import refuse_unsupported
@@ -42,7 +44,6 @@ TOKENIZER_FILES = (
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TELLING = (OSError, ValueError, RuntimeError, AssertionError, ImportError, StrictDataclassError)
-LISTED = 5  # tensors that a message names
 
 
 @dataclass
@@ -212,7 +213,7 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
     """Refuse what Transformers would fill in with random values."""
     if info["missing_keys"]:
         raise ConversionError(
-            f"The checkpoint {name!r} lacks {_listed(info['missing_keys'])}, which would be random "
+            f"The checkpoint {name!r} lacks {listed(info['missing_keys'])}, which would be random "
             "values. It is incomplete, or of a model without an output layer; give a complete "
             "causal language model."
         )
@@ -222,15 +223,9 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
     )
     if info["mismatched_keys"]:
         raise ConversionError(
-            f"The weights of {name!r} contradict its config.json: {_listed(shapes)}. They belong "
+            f"The weights of {name!r} contradict its config.json: {listed(shapes)}. They belong "
             "to different models; give a folder with files of one."
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    named = sorted(names)
-    more = f" and {len(named) - LISTED} more" if len(named) > LISTED else ""
-    return ", ".join(named[:LISTED]) + more
 
 
 def _load_tokenizer(name: str, gguf_file: str | None) -> PreTrainedTokenizerBase | None:

@@ -9,8 +9,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .gates import LINEAR, check_activation, check_temperature
+from .ops.eager import CODE_TYPES
 
-CODE_TYPES = ("sign", "index")
 EMBEDDINGS = ("keep", "vq", "tied")
 OUTPUT_LOSSES = ("cross_entropy", "squared_hinge")
 

@@ -13,7 +13,7 @@ from .nested import check_stored
 
 # Statistics of the calibration text, of use to `to_dense` only: zero where a checkpoint lacks them.
 OPTIONAL_TENSORS = [r"^lm_head\.hidden_mean$", r"^lm_head\.fold_direction$"]
-
+LISTED = 5  # names, in a message
 
 # Of `from_pretrained`, where the configuration is looked for.
 PLACE = (
@@ -104,7 +104,7 @@ def refuse_mismatched(
     if named:
         raise ValueError(
             f"The tensors of the checkpoint {str(path)!r} contradict its config.json, they belong "
-            f"to different models: {_listed(named)}."
+            f"to different models: {listed(named)}."
         )
 
 
@@ -134,7 +134,7 @@ def refuse_incomplete(
     names = sorted(name for name in missing if name.startswith(only))
     if names:
         raise ValueError(
-            f"The checkpoint {str(path)!r} lacks {_listed(names)}: it is incomplete, or it is not "
+            f"The checkpoint {str(path)!r} lacks {listed(names)}: it is incomplete, or it is not "
             f"{kind}. {remedy}"
         )
 
@@ -157,10 +157,13 @@ def refuse_unexpected(
     names = sorted(name for name in unexpected if name.startswith(only))
     if names:
         raise ValueError(
-            f"The checkpoint {str(path)!r} holds {_listed(names)}, of which its config.json knows "
+            f"The checkpoint {str(path)!r} holds {listed(names)}, of which its config.json knows "
             "nothing: they belong to different models."
         )
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def listed(names: Iterable[str]) -> str:
+    """Names in order, of many the first `LISTED` and how many more there are."""
+    named = sorted(names)
+    more = f" and {len(named) - LISTED} more" if len(named) > LISTED else ""
+    return ", ".join(named[:LISTED]) + more

@@ -37,7 +37,7 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # All else belongs to the backbone, which initialises itself but knows no coded embedding.
-        if module is self.base_model:
+        if isinstance(module, PreTrainedModel) and module is self.base_model:
             module = module.get_input_embeddings()
         if isinstance(module, VQLogitsHead | VQEmbedding | Refinement):
             tensors = module.state_dict(keep_vars=True).values()

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from . import backends, cpu, eager, matmul
 
-CODE_TYPES = ("sign", "index")
-
 # `Library` rather than `custom_op`: 5 to 8 microseconds a call instead of 12, where one row of
 # logits takes some 150. CUDA graphs may not record what reads the environment and keeps matrices.
 LIBRARY = torch.library.Library("vqlogits", "DEF")
@@ -143,8 +141,10 @@ def check(
     fine_codes: Tensor | None = None,
 ) -> None:
     """Raise what [`expand`] documents, as far as it can be told without reading the tensors."""
-    if code_type not in CODE_TYPES:
-        raise ValueError(f"`code_type` is {code_type!r}; it must be {' or '.join(CODE_TYPES)}.")
+    if code_type not in eager.CODE_TYPES:
+        raise ValueError(
+            f"`code_type` is {code_type!r}; it must be {' or '.join(eager.CODE_TYPES)}."
+        )
     sign = code_type == "sign"
     if scores.dim() != (2 if sign else 3) or 0 in scores.shape[1:]:
         wanted = "(N, R) with R >= 1" if sign else "(N, G, K) with G, K >= 1"

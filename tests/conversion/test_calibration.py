@@ -152,12 +152,12 @@ def test_fold_direction_is_the_least_squares_one():
     expected = torch.linalg.lstsq(hidden, ones)
     torch.testing.assert_close(found.fold_direction(), expected.solution[:, 0], rtol=0, atol=1e-3)
     residual = (hidden @ expected.solution - 1).square().mean()
-    assert found.fold_residual() == pytest.approx(float(residual), rel=0.02)
+    left = float(1 - found.fold_direction() @ found.mean)
+    assert left == pytest.approx(float(residual), rel=0.02)
 
 
 def test_folding_does_nothing_without_a_mean():
     _, found = statistics(100, mean=torch.zeros(D, dtype=torch.float64))
-    assert found.fold_residual() == 1
     assert not found.fold_direction().any()
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hf_vqlogits.conversion import residual
 from hf_vqlogits.conversion.calibration import CalibrationStatistics
 from hf_vqlogits.conversion.clustering import cluster_means, kmeans
-from hf_vqlogits.conversion.codebooks import METHODS, fit_index, perplexity_bound
+from hf_vqlogits.conversion.codebooks import fit_index, perplexity_bound
 from hf_vqlogits.conversion.metric import token_metric
+from hf_vqlogits.conversion.sizes import INDEX_METHODS
 
 V, D = 60, 8
 SINGLE = ("kmeans", "random", "contiguous", "frequency")
@@ -72,7 +73,7 @@ class TestSingleCodebook:
         spread = (weight - weight.mean(0)).square().sum()
         assert fit.details["error"] == pytest.approx((lost / spread).item(), rel=1e-4)
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", INDEX_METHODS)
     @pytest.mark.parametrize("vocab", [256, 257])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_as_many_codewords_as_tokens_lose_nothing(self, method, vocab, dtype):
