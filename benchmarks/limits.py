@@ -74,7 +74,18 @@ def _lookup_rate() -> float | None:
     return best * torch.get_num_threads() or None
 
 
-def lookups(vocab_size: int, bits: int, fine_tokens: int, path: str, rows: int) -> int:
-    """Look-ups that logits take on a path of the kernel, 0 where its tables fit no register."""
-    width = FIELD_BITS.get(path)
-    return 0 if width is None else rows * (vocab_size + fine_tokens) * -(-bits // width)
+def lookups(
+    vocab_size: int, codebooks: int, fine_tokens: int, path: str, rows: int, *, codewords: int = 2
+) -> int:
+    """Look-ups that logits take on a path of the kernel, 0 where its tables fit no register.
+
+    Args:
+        vocab_size: V.
+        codebooks: R of sign codes, G of index codes.
+        fine_tokens: tokens with a second code.
+        path: of the kernel.
+        rows: N.
+        codewords: K of index codes, 2 of sign codes.
+    """
+    indices = FIELD_BITS.get(path, 0) // (codewords - 1).bit_length()
+    return rows * (vocab_size + fine_tokens) * -(-codebooks // indices) if indices else 0

@@ -6,7 +6,7 @@ For several T (`refine_top_k`): how often the most likely token is the dense lay
 out of the fit, how many tokens a position are scored again by the rule fitted to 99.9%, at how many
 positions a bound on any error makes the token certain, and the time of one row's logits beside the
 dense layers, in turns in one run. The head is fitted by the project's protocol, but for the text
-that the rule is fitted to, and not distilled.
+that the rule is fitted to, and distilled as by default.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_vqlogits.conversion.held_out import keep_out
-from hf_vqlogits.conversion.options import REFINE_AGREEMENT
+from hf_vqlogits.conversion.options import DISTILL_STEPS, REFINE_AGREEMENT
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.refining import FittedRefinement
 from hf_vqlogits.conversion.sizes import choose_size
@@ -34,9 +34,12 @@ from .work_folder import WorkFolder
 
 CANDIDATES = (4, 16, 64, 256)
 NONE = "none"
+QUICK_STEPS = 4
 
 
-def measure(case: Case, work: WorkFolder, *, reduction: float, seed: int) -> list[dict[str, Any]]:
+def measure(
+    case: Case, work: WorkFolder, *, reduction: float, distill_steps: int, seed: int
+) -> list[dict[str, Any]]:
     """One row of figures for each T of `CANDIDATES`, and the first without."""
     corpus = keep_out(case.corpus(), seed)
     quantiser = Quantiser(case.parts, corpus, seed, show_progress=True)
@@ -46,6 +49,8 @@ def measure(case: Case, work: WorkFolder, *, reduction: float, seed: int) -> lis
         "signs", vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction
     )
     head = fit_head(quantiser, "signs", size, statistics)
+    if distill_steps:
+        quantiser.distill(head, distill_steps, statistics)
     fitted: dict[str, FittedRefinement] = {
         f"T = {top_k}": quantiser.refine(
             head,
@@ -106,13 +111,17 @@ def main() -> None:
     p.add_argument("--models", type=Path, default=Path("../shared/models"))
     p.add_argument("--only", choices=MODELS, help="one of the models")
     p.add_argument("--param-reduction", type=float, default=0.99)
+    p.add_argument("--distill-steps", type=int, default=DISTILL_STEPS)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="a twentieth of the text")
     p.add_argument("--work", type=Path, help="folder of the statistics; default none are kept")
     p.add_argument("--output", type=Path, required=True)
     options = p.parse_args()
+    steps = min(options.distill_steps, QUICK_STEPS) if options.quick else options.distill_steps
     rows: list[dict[str, Any]] = []
-    result = record("refined", quick=options.quick, seed=options.seed, rows=rows)
+    result = record(
+        "refined", quick=options.quick, seed=options.seed, distill_steps=steps, rows=rows
+    )
     with tempfile.TemporaryDirectory() as folder:
         settings = {"seed": options.seed, "quick": options.quick}
         try:
@@ -121,7 +130,13 @@ def main() -> None:
             p.error(str(error))
         for name in [options.only] if options.only else MODELS:
             case = load_case(name, options.data, options.models, quick=options.quick)
-            rows += measure(case, work, reduction=options.param_reduction, seed=options.seed)
+            rows += measure(
+                case,
+                work,
+                reduction=options.param_reduction,
+                distill_steps=steps,
+                seed=options.seed,
+            )
             write(result, options.output)
     show(rows)
 

@@ -31,6 +31,7 @@ from . import speed_peers as peers
 from .limits import Rates, lookups, measured_rates
 from .record import record, write
 from .speed_plot import plot
+from .speed_tables import codes_of
 
 WARM_CALLS = 5
 OTHER_BYTES = 512 << 20
@@ -43,7 +44,9 @@ class Point:
     Attributes:
         vocab_size: V.
         hidden_size: d.
-        bits: R.
+        bits: R of sign codes, of which a tenth of the tokens have second ones, or about as many of
+            index codes.
+        codebook_size: K of index codes; None for sign codes.
         rows: N.
         threads: of PyTorch; None leaves it.
         beside: other peers than the dense layers as well.
@@ -52,14 +55,30 @@ class Point:
     vocab_size: int = 50_257
     hidden_size: int = 768
     bits: int = 500
+    codebook_size: int | None = None
     rows: int = 1
     threads: int | None = None
     beside: bool = False
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Fields of the configuration that say what the codes are."""
+        if self.codebook_size is None:  # as many second codes as the converter makes
+            fine = int(DEFAULT_FINE_SHARE * self.vocab_size)
+            return {"num_codebooks": self.bits, "num_fine_tokens": fine}
+        index_bits = (self.codebook_size - 1).bit_length()
+        return {
+            "code_type": "index",
+            "num_codebooks": max(1, self.bits // index_bits),
+            "codebook_size": self.codebook_size,
+        }
 
 
 POINTS = (
     *(Point(rows=n, bits=r, beside=r == 500) for n in (1, 8, 64) for r in (250, 500, 1000)),
     *(Point(262_144, 640, bits=r) for r in (900, 2600)),  # the shape of Gemma 3 270M
+    *(Point(codebook_size=k, rows=n) for k in (16, 256) for n in (1, 64)),
+    *(Point(bits=9, codebook_size=503, rows=n) for n in (1, 64)),  # the paper's form at 99%
 )
 SCALING = {
     "vocab_size": [Point(vocab_size=v << 10) for v in (32, 64, 128, 256, 512, 1024)],
@@ -69,7 +88,10 @@ SCALING = {
 }
 LOSS_ROWS = (2048,)
 QUICK_LOSS_ROWS = (64,)
-QUICK = (Point(vocab_size=5_000, hidden_size=128, bits=100, beside=True),)
+QUICK = (
+    Point(vocab_size=5_000, hidden_size=128, bits=100, beside=True),
+    Point(vocab_size=5_000, hidden_size=128, bits=100, codebook_size=16),
+)
 
 
 @torch.no_grad()
@@ -81,13 +103,10 @@ def measure(point: Point, rates: Rates, *, seed: int) -> dict[str, Any]:
 
 def _measure(point: Point, rates: Rates, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    fine_tokens = int(DEFAULT_FINE_SHARE * point.vocab_size)  # as the converter makes them
     config = GPT2Config(
         vocab_size=point.vocab_size, n_embd=point.hidden_size, bos_token_id=0, eos_token_id=0
     )
-    head = VQLogitsHead(
-        VQLogitsConfig(text_config=config, num_codebooks=point.bits, num_fine_tokens=fine_tokens)
-    ).eval()
+    head = VQLogitsHead(VQLogitsConfig(text_config=config, **point.head)).eval()
     hidden = torch.randn(point.rows, point.hidden_size)
     weight = torch.randn(point.vocab_size, point.hidden_size)
     calls: peers.Calls = {"quantised": lambda: head(hidden), **peers.dense(hidden, weight)}
@@ -113,17 +132,24 @@ def _measure(point: Point, rates: Rates, seed: int) -> dict[str, Any]:
     output_bytes = 4 * point.rows * point.vocab_size
     least = rates.seconds(
         moved_bytes=storage["total_bytes"] + output_bytes,
-        lookups=lookups(point.vocab_size, point.bits, fine_tokens, cpu.paths()[0], point.rows)
-        if cpu.paths()
-        else 0,
+        lookups=lookups(
+            point.vocab_size,
+            head.num_codebooks,
+            head.num_fine_tokens,
+            next(iter(cpu.paths()), ""),
+            point.rows,
+            codewords=point.codebook_size or 2,
+        ),
     )
     return {
         "vocab_size": point.vocab_size,
         "hidden_size": point.hidden_size,
         "bits": point.bits,
+        "num_codebooks": head.num_codebooks,
+        "codebook_size": point.codebook_size,
         "rows": point.rows,
         "threads": torch.get_num_threads(),
-        "fine_tokens": fine_tokens,
+        "fine_tokens": head.num_fine_tokens,
         "errors_in_deviations_of_the_logits": errors,
         "limit_milliseconds": {
             name: None if value is None else 1e3 * value
@@ -174,7 +200,7 @@ def show(row: dict[str, Any]) -> None:
         f"{value:.3f} ms by {name}" for name, value in limits.items() if value is not None
     )
     print(
-        f"V {row['vocab_size']:,}, d {row['hidden_size']}, R {row['bits']}, N {row['rows']}, "
+        f"V {row['vocab_size']:,}, d {row['hidden_size']}, {codes_of(row)}, N {row['rows']}, "
         f"{row['threads']} threads; no kernel below {told}"
     )
     for state in ("warm", "cold"):
@@ -230,7 +256,7 @@ def main() -> None:
         loss.append(measure_loss(count, point, seed=options.seed))
         show_loss(loss[-1])
         write(result, options.output)
-    axes = {"rows": list(QUICK)} if options.quick else scaling_points()
+    axes = {"rows": [QUICK[0]]} if options.quick else scaling_points()
     for axis, points in axes.items():
         scaling[axis] = [measure(point, rates, seed=options.seed) for point in points]
         write(result, options.output)

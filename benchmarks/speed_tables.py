@@ -1,28 +1,83 @@
 """Tables of time and memory, and of what the kernels' rounding and the refinement do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .markdown import is_there, precise, results, table
 
 
+def codes_of(row: Mapping[str, Any]) -> str:
+    """What the codes of a row of `benchmarks.speed` are."""
+    if row["codebook_size"] is None:
+        return f"R = {row['num_codebooks']:,}"
+    return f"G = {row['num_codebooks']:,}, K = {row['codebook_size']:,}"
+
+
 def speed() -> str:
-    """Time of the logits beside dense layers."""
+    """Time of the logits beside dense layers, and what no kernel could go below."""
     header = (
-        "rows | bits a token | warm | faster than float32 / bfloat16 | "
-        "cold | faster than float32 / bfloat16"
+        "V x d | rows | codes | warm | faster than float32 / bfloat16 | "
+        "cold | faster than float32 / bfloat16 | by look-ups | by bytes"
     )
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield f"{row['vocab_size']:,} x {row['hidden_size']}"
         yield str(row["rows"])
-        yield f"{row['bits']:,}"
+        yield codes_of(row)
         for state in (row["warm"], row["cold"]):
-            yield f"{state['milliseconds']['quantised']:.2f} ms"
-            yield " / ".join(
-                f"{state[f'times_faster_than_{kind}']:.1f}x" for kind in ("float32", "bfloat16")
-            )
+            yield _milliseconds(state["milliseconds"]["quantised"])
+            yield _times_faster(state)
+        limits = row["limit_milliseconds"]
+        yield _milliseconds(limits["lookups"]) if limits["lookups"] else ""
+        yield _milliseconds(limits["bytes"])
 
     return table(header, map(cells, results("speed")["rows"]))
+
+
+def speed_peers() -> str:
+    """All that was timed at a size, warm and cold, a column a number of rows."""
+    rows = [row for row in results("speed")["rows"] if len(row["warm"]["milliseconds"]) > 3]
+    header = " | ".join(["", *(f"N = {row['rows']}" for row in rows)])
+    names = dict.fromkeys(name for row in rows for name in row["warm"]["milliseconds"])
+
+    def cells(name: str) -> Iterable[str]:
+        yield _in_words(name)
+        for row in rows:
+            times = [row[state]["milliseconds"].get(name) for state in ("warm", "cold")]
+            yield " / ".join(_milliseconds(t) for t in times) if all(times) else ""
+
+    return table(header, map(cells, names))
+
+
+def loss() -> str:
+    """Time of the training loss, forward and backward."""
+    header = "layer | time | times that of VQ-Logits"
+
+    def rows() -> Iterable[Iterable[str]]:
+        for row in results("speed")["loss"]:
+            times = row["milliseconds"]
+            for name, value in times.items():
+                yield (
+                    _in_words(name),
+                    f"{value:,.0f} ms",
+                    f"{value / times['quantised']:.1f}",
+                )
+
+    return table(header, rows())
+
+
+def _in_words(name: str) -> str:
+    return name.replace("quantised", "VQ-Logits").replace("_", " ")
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f} ms" if value < 10 else f"{value:.0f} ms"
+
+
+def _times_faster(figures: Mapping[str, Any]) -> str:
+    return " / ".join(
+        f"{figures[f'times_faster_than_{kind}']:.1f}x" for kind in ("float32", "bfloat16")
+    )
 
 
 def memory() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .markdown import is_there, precise, results, table, times
 from .output_layer_tables import gru_svm, gru_svm_claims, margins, mixtures
-from .speed_tables import generation, memory, refined, rounding, speed
+from .speed_tables import generation, loss, memory, refined, rounding, speed, speed_peers
 
 README = Path(__file__).parent.parent / "README.md"
 DOCUMENTS = (
@@ -144,7 +144,8 @@ def finetuned_name(row: dict[str, Any]) -> str:
     if row["method"] is None:
         return "dense"
     tied = ["input tied"] if row["embeddings"] == "tied" else []
-    return ", ".join([HEADS[row["method"]], f"{row['reduction']:.0%}", *tied])
+    whole = ["whole model distilled"] if row["whole"] else []
+    return ", ".join([HEADS[row["method"]], f"{row['reduction']:.0%}", *tied, *whole])
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -155,6 +156,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "finetuning": finetuning,
     "finetuned": finetuned,
     "speed": speed,
+    "speed peers": speed_peers,
+    "loss": loss,
     "memory": memory,
     "refined": refined,
     "generation": generation,

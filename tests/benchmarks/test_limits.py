@@ -41,3 +41,11 @@ def test_the_least_time_of_a_call():
 def test_look_ups_of_a_path(path, count):
     assert lookups(100, 501, 10, path, 1) == count
     assert lookups(100, 501, 10, path, 3) == 3 * count
+
+
+@pytest.mark.parametrize(
+    ("codewords", "path", "count"),
+    [(4, "avx512", 110 * 31), (16, "avx512", 110 * 62), (16, "avx2", 110 * 62), (33, "avx512", 0)],
+)
+def test_look_ups_of_index_codes(codewords, path, count):
+    assert lookups(100, 62, 10, path, 1, codewords=codewords) == count

@@ -25,7 +25,8 @@ def test_results_plot_and_text(quick, tmp_path, monkeypatch, capsys):
     speed.main()
     result = json.loads(output.read_text())
     assert result["rates"] == {"bytes_per_second": 1e9, "lookups_per_second": 2e9}
-    (row,) = result["rows"]
+    row, index = result["rows"]
+    assert (index["num_codebooks"], index["codebook_size"], index["fine_tokens"]) == (25, 16, 0)
     assert (row["vocab_size"], row["bits"], row["rows"]) == (5000, 100, 1)
     moved = 5000 * 13 + 500 * (13 + 4) + 4 * 100 * 129 + 4 * 5000
     assert row["limit_milliseconds"]["bytes"] == pytest.approx(1e3 * moved / 1e9)
@@ -42,6 +43,7 @@ def test_results_plot_and_text(quick, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "faster than float32 / bfloat16" in printed
+    assert "V 5,000, d 128, G = 25, K = 16, N 1" in printed
     assert "Faiss fast-scan" in printed
 
 

@@ -66,6 +66,7 @@ def test_fine_tuned_models(monkeypatch, tmp_path):
         return {
             "method": method,
             "embeddings": embeddings,
+            "whole": False,
             "reduction": 0.98,
             "learning_rate": 3e-4,
             "untuned": {"factor": 1.2},
@@ -77,6 +78,7 @@ def test_fine_tuned_models(monkeypatch, tmp_path):
     rows = [
         row(None, "keep", 1.0),
         row("signs", "tied", 1.05),
+        row("signs", "keep", 1.03, whole=True),
         row("kmeans", "keep", 8.0, perplexity_bound={"novels": 30.0}),
     ]
     (tmp_path / "finetuned.json").write_text(json.dumps({"rows": rows}))
@@ -86,4 +88,5 @@ def test_fine_tuned_models(monkeypatch, tmp_path):
     assert "| perplexity 20.00 | 90.0% | 80.0% |" in lines[2]
     assert lines[3].startswith("| sign codes, 98%, input tied |")
     assert "| **x1.050** | x1.049 to x1.052 | x1.050 |" in lines[3]
+    assert lines[4].startswith("| sign codes, 98%, whole model distilled |")
     assert lines[-1].endswith("can be below 30.0.")
