@@ -34,7 +34,7 @@ from .peers.catalogue import KEPT_PERCENT
 from .peers.layer import Layer
 from .peers.vector_codes import fitted_head
 from .protocol import MODELS, Case, load_case
-from .record import record, write
+from .results_file import ResultsFile
 from .training import first_tokens
 from .work_folder import WorkFolder
 
@@ -92,9 +92,9 @@ def compared(head: VQLogitsHead, states: Mapping[str, Sequence[Any]]) -> dict[st
 
 
 def measure(
-    case: Case, work: WorkFolder, *, tokens: int, seed: int, quick: bool
+    case: Case, work: WorkFolder, sizes: Sequence[float], tokens: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each size, the smallest first."""
+    """A row for each size, in percent of the parameters kept."""
     quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
     statistics, _ = calibrated(case, quantiser, work)
     layer = Layer(case, quantiser, statistics)
@@ -102,7 +102,7 @@ def measure(
         text: list(hidden_states(case.parts.backbone, first_tokens(blocks, tokens)))
         for text, blocks in case.evaluation.items()
     }
-    for percent in KEPT_PERCENT[:1] if quick else KEPT_PERCENT:
+    for percent in sizes:
         head = fitted_head(layer, "signs", 1 - percent / 100)
         yield {
             "model": case.name,
@@ -143,24 +143,29 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="a twentieth of the text, one size")
     p.add_argument("--work", type=Path, help="folder of the statistics; default none are kept")
-    p.add_argument("--output", type=Path, required=True)
+    p.add_argument("--output", type=Path, required=True, help="JSON; rows in it are kept")
     options = p.parse_args()
     if not cpu.paths():
         p.error("no CPU kernel is compiled here; install the package with a C++ compiler")
-    rows: list[dict[str, Any]] = []
     settings = {"seed": options.seed, "quick": options.quick}
-    result = record("rounding", **settings, tokens=options.tokens, rows=rows)
+    sizes = KEPT_PERCENT[:1] if options.quick else KEPT_PERCENT
     with tempfile.TemporaryDirectory() as folder:
         try:
             work = WorkFolder(options.work or Path(folder), settings)
+            results = ResultsFile(
+                options.output, "rounding", settings={**settings, "tokens": options.tokens}
+            )
         except ValueError as error:
             p.error(str(error))
         for name in [options.only] if options.only else MODELS:
-            case = load_case(name, options.data, options.models, quick=options.quick)
-            for row in measure(case, work, tokens=options.tokens, **settings):
-                rows.append(row)
-                write(result, options.output)
-    show(rows)
+            missing = [
+                percent for percent in sizes if not results.has(model=name, kept_percent=percent)
+            ]
+            if missing:
+                case = load_case(name, options.data, options.models, quick=options.quick)
+                for row in measure(case, work, missing, options.tokens, options.seed):
+                    results.add([row])
+    show(results.rows)
 
 
 if __name__ == "__main__":

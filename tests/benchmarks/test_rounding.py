@@ -38,6 +38,14 @@ def test_results_and_table(tiny_case, tmp_path, monkeypatch, capsys):
     for path in cpu.paths():
         assert path in printed
 
+    kept = json.loads(output.read_text())
+    kept["rows"] = kept["rows"][1:]
+    output.write_text(json.dumps(kept))
+    rounding.main()  # makes what is missing
+    again = json.loads(output.read_text())["rows"]
+    assert again[0] == rows[1]
+    assert again[1]["kept_percent"] == 10.0
+
 
 def test_an_implementation_is_forced_for_a_while(monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, "matmul")
