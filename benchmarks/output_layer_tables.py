@@ -1,4 +1,4 @@
-"""Tables of the other output layers: GRU-SVM, margins, mixtures of softmaxes."""
+"""Tables of the other output layers: GRU-SVM, margins, mixtures, and the gates of experts."""
 
 from collections.abc import Iterable
 from statistics import mean
@@ -107,3 +107,23 @@ def mixtures() -> str:
             yield times(row["seconds"][name] / row["seconds"][f"{name}_of_one_softmax"])
 
     return table(header, map(cells, rows))
+
+
+def gate_rates(over: bool) -> str:
+    """Slopes of the errors of both gates, with as many components as the truth or one more."""
+    gates = {"plain": "plain", "gelu": "GELU"}
+
+    def slope(row: dict[str, Any], over_n: str) -> str:
+        found = row["slopes"][over_n]
+        return f"{found['value']:.2f} ({found['low']:.2f}, {found['high']:.2f})"
+
+    def rows() -> Iterable[Iterable[str]]:
+        for row in results("gate_rates")["rows"]:
+            gate, components = row["setting"].split("-")
+            if (components == "over") == over:
+                expected = row["expected_slope"]
+                theory = "none" if expected is None else f"{expected:g}"
+                slopes = (slope(row, name) for name in ("median", "median_large_n"))
+                yield gates[gate], row["quantity"], theory, *slopes
+
+    return table("gate | error of | theory | slope over all n | over the upper half", rows())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .markdown import is_there, precise, results, table, times
-from .output_layer_tables import gru_svm, gru_svm_claims, margins, mixtures
+from .output_layer_tables import gate_rates, gru_svm, gru_svm_claims, margins, mixtures
 from .speed_tables import generation, loss, memory, refined, rounding, speed, speed_peers
 
 README = Path(__file__).parent.parent / "README.md"
@@ -22,7 +22,7 @@ DOCUMENTS = (
     README,
     *(
         README.parent / "docs" / name
-        for name in ("gru_svm.md", "kernels.md", "output_layers.md", "peers.md")
+        for name in ("gaussian_moe.md", "gru_svm.md", "kernels.md", "output_layers.md", "peers.md")
     ),
 )
 HEADS = {
@@ -165,6 +165,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gru-svm": gru_svm,
     "gru-svm claims": gru_svm_claims,
     "margins": margins,
+    "gate rates, exact": lambda: gate_rates(over=False),
+    "gate rates, over": lambda: gate_rates(over=True),
     "mixtures": mixtures,
 }
 

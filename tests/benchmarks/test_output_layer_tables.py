@@ -97,3 +97,27 @@ def test_mixtures(monkeypatch, tmp_path):
     assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|")
     assert lines[2].startswith("| 1 |  | 490 | 127,000 | 0.0003 | 70.000 | **69.000** |")
     assert lines[3].endswith("| **67.000** | 66.000 to 68.000 | 0.75 | x1.500 | x2.000 |")
+
+
+def test_gate_rates(monkeypatch, tmp_path):
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
+
+    def row(setting, expected, value):
+        slopes = {
+            name: {"value": value, "low": value - 0.1, "high": value + 0.1}
+            for name in ("median", "median_large_n")
+        }
+        return {
+            "setting": setting,
+            "quantity": "temperature",
+            "expected_slope": expected,
+            "slopes": slopes,
+        }
+
+    rows = [row("plain-exact", None, -0.1), row("gelu-exact", -0.5, -0.52), row("gelu-over", 0, 0)]
+    (tmp_path / "gate_rates.json").write_text(json.dumps({"rows": rows}))
+    lines = output_layer_tables.gate_rates(over=False).splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith("| plain | temperature | none | -0.10 (-0.20, 0.00) |")
+    assert lines[3].startswith("| GELU | temperature | -0.5 | -0.52 (-0.62, -0.42) |")
+    assert len(output_layer_tables.gate_rates(over=True).splitlines()) == 3
