@@ -28,14 +28,7 @@ from .distillation_state import HEAD, MIXTURE, fingerprint
 from .held_out import POSITIONS, rows_of_step, split
 from .metric import TokenMetric
 from .streaming import KeptStates
-from .training import (
-    Advance,
-    Distillation,
-    Notify,
-    Training,
-    divergence,
-    relative_rates,
-)
+from .training import Advance, Distillation, Notify, Training, divergence, relative_rates
 
 CODE_SHARE = 0.8  # of the steps, where codes are learnt
 CODE_STEPS = 64  # of an iteration that moves codes
