@@ -41,8 +41,9 @@ def quality(model: str) -> str:
     before = " / ".join(f"{rows[0]['texts'][text]['dense_perplexity']:.2f}" for text in texts)
     header = (
         "head | bits a token | a weight | bytes (float32 codewords) | factor | "
-        f"{' / '.join(texts)} | same greedy token"
+        f"{' / '.join(texts)} | same greedy token | minutes"
     )
+    seconds = {row["head"]: row["seconds"] for row in rows}
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
         method, share, *distilled = row["head"].split()
@@ -53,8 +54,10 @@ def quality(model: str) -> str:
         yield f"**{times(row['factor'])}**"
         yield " / ".join(times(row["texts"][text]["factor"]) for text in texts)
         yield " / ".join(f"{row['texts'][text]['greedy_agreement']:.1%}" for text in texts)
+        fit = seconds[f"{method} {share}"] if distilled else 0  # what is distilled was fitted
+        yield f"{(row['calibration_seconds'] + fit + row['seconds']) / 60:.0f}"
 
-    first = ["dense, bfloat16", "", "16", f"{dense:.1f} MB", "1", f"perplexity {before}", ""]
+    first = ["dense, bfloat16", "", "16", f"{dense:.1f} MB", "1", f"perplexity {before}", "", ""]
     return table(header, [first, *map(cells, rows)])
 
 
