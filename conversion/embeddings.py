@@ -241,7 +241,7 @@ def fit_embedding(
     # The fitter takes the last coordinate for a bias, which a row has not.
     rows = nn.functional.pad((table - mean) @ whiten, (0, 1))
     metric = TokenMetric(rows, weights, torch.zeros_like(rows), unwhiten, torch.zeros_like(mean))
-    fit = SignFitter.of_metric(metric, seed=seed, progress=progress).fit(num_codebooks)
+    fit = SignFitter(metric, seed=seed, progress=progress).fit(num_codebooks)
     codebook = nn.Parameter(fit.codebook / score_scale(num_codebooks))
     return _embedding(dense, weights, codebook, fit.codes), fit.details
 

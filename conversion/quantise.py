@@ -129,9 +129,7 @@ class Quantiser:
 
     def sign_fitter(self, statistics: CalibrationStatistics) -> SignFitter:
         """What fits sign codes of the model, for [`sign_head`]."""
-        return SignFitter.of_metric(
-            self._metric(statistics), seed=self.seed, progress=self.progress
-        )
+        return SignFitter(self._metric(statistics), seed=self.seed, progress=self.progress)
 
     def sign_head(
         self,

@@ -35,8 +35,7 @@ from torch import Tensor
 from hf_vqlogits.ops import pack_signs, unpack_signs
 from hf_vqlogits.ops.eager import FINE_FACTOR
 
-from .calibration import CalibrationStatistics
-from .metric import TokenMetric, token_metric
+from .metric import TokenMetric
 from .sign_codebook import error_of, solve_codebook, tiles
 from .sign_greedy import extend_greedily
 from .sign_search import SearchEffort, free_bits, search_signs
@@ -81,43 +80,15 @@ class SignFit:
 
 
 class SignFitter:
-    """Fits sign codes of several sizes to one output layer, sharing the greedy stage.
+    """Fits sign codes of several sizes to the rows of one metric, sharing the greedy stage.
 
     Args:
-        weight: (V, d) dense output weights.
-        statistics: of the calibration text.
-        bias: (V,) or None; it rides in the codes.
+        metric: of the rows; it says where to compute.
         seed: of everything random; the same seed and number of threads give the same bytes.
-        device: where to compute; default `weight`'s.
         progress: `progress(what)` wraps an iterable, with tqdm for example.
-
-    Raises:
-        ValueError: shapes do not fit, or weights that are not finite; names the rows.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        statistics: CalibrationStatistics,
-        *,
-        bias: Tensor | None = None,
-        seed: int = 0,
-        device: torch.device | str | None = None,
-        progress: Progress | None = None,
-    ):
-        device = weight.device if device is None else torch.device(device)
-        self._begin(token_metric(weight, statistics, bias=bias, device=device), seed, progress)
-
-    @classmethod
-    def of_metric(
-        cls, metric: TokenMetric, *, seed: int = 0, progress: Progress | None = None
-    ) -> "SignFitter":
-        """A fitter of rows in a metric that is there already; for arguments see the class."""
-        fitter = cls.__new__(cls)
-        fitter._begin(metric, seed, progress)
-        return fitter
-
-    def _begin(self, metric: TokenMetric, seed: int, progress: Progress | None) -> None:
+    def __init__(self, metric: TokenMetric, *, seed: int = 0, progress: Progress | None = None):
         # Tokens in the order of their importance: those with a second code are a slice.
         self._order = metric.weight.argsort(descending=True, stable=True)
         self._metric = metric.tokens(self._order)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from hf_vqlogits.conversion.calibration import CalibrationStatistics, StatisticsAccumulator
-from hf_vqlogits.conversion.metric import TokenMetric
+from hf_vqlogits.conversion.metric import TokenMetric, token_metric
 from hf_vqlogits.conversion.signs import SignFit, SignFitter
 
 
@@ -56,4 +56,16 @@ def fit_signs(
     **options: Any,
 ) -> SignFit:
     """Sign codes of one size."""
-    return SignFitter(weight, statistics, **options).fit(num_codebooks, num_fine_tokens)
+    return sign_fitter(weight, statistics, **options).fit(num_codebooks, num_fine_tokens)
+
+
+def sign_fitter(
+    weight: torch.Tensor,
+    statistics: CalibrationStatistics,
+    *,
+    bias: torch.Tensor | None = None,
+    device: str | None = None,
+    **options: Any,
+) -> SignFitter:
+    """What fits sign codes to an output layer in the metric of its logits."""
+    return SignFitter(token_metric(weight, statistics, bias=bias, device=device), **options)

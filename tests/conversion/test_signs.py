@@ -2,13 +2,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sign_problems import fit_signs, hidden_states, problem, random_signs
+from sign_problems import fit_signs, hidden_states, problem, random_signs, sign_fitter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_vqlogits.conversion import sign_codebook, sign_greedy, signs
 from hf_vqlogits.conversion.calibration import StatisticsAccumulator
 from hf_vqlogits.conversion.metric import token_metric
-from hf_vqlogits.conversion.signs import SignFitter
 from hf_vqlogits.ops import unpack_signs
 
 
@@ -111,7 +110,7 @@ def test_formats_and_details():
 def test_error_is_the_one_of_the_logits(fine):
     """The product form on raw hidden states has the error that the fit reports."""
     weight, bias, statistics = problem(vocab=50, size=6)
-    fit = SignFitter(weight, statistics, bias=bias).fit(11, fine)
+    fit = sign_fitter(weight, statistics, bias=bias).fit(11, fine)
     metric = token_metric(weight, statistics, bias=bias)
     signs = levels(fit)
     vectors, offsets = signs @ fit.codebook, signs @ fit.codebook_bias
@@ -129,12 +128,12 @@ def test_error_is_the_one_of_the_logits(fine):
 
 def test_sizes_share_the_greedy_prefix_and_are_refined_alone():
     weight, bias, statistics = problem(vocab=80, size=8)
-    fitter = SignFitter(weight, statistics, bias=bias, seed=3)
+    fitter = sign_fitter(weight, statistics, bias=bias, seed=3)
     fitter.greedy(40)
     prefix = fitter._codebook.clone()
     large, small = fitter.fit(40), fitter.fit(20)
     assert torch.equal(fitter._codebook, prefix)
-    again = SignFitter(weight, statistics, bias=bias, seed=3)
+    again = sign_fitter(weight, statistics, bias=bias, seed=3)
     again.greedy(40)
     assert torch.equal(again.fit(20).codes, small.codes)
     assert large.details["error"] < small.details["error"] < small.details["error_greedy"]
@@ -176,7 +175,7 @@ def test_memory_grows_neither_with_the_text_nor_with_vocabulary_times_bits(monke
         accumulator.update(hidden)
         statistics = accumulator.finish()
     with LargestFloats() as fit:
-        SignFitter(weight, statistics).fit(bits)
+        sign_fitter(weight, statistics).fit(bits)
     assert vocab * size <= calibration.elements < vocab * positions / 4
     assert vocab * size <= fit.elements < vocab * bits
 
@@ -185,7 +184,7 @@ def test_nested_fits_take_no_more_memory(monkeypatch):
     monkeypatch.setattr(signs, "ALTERNATIONS", 1)
     vocab, size, bits = 20_000, 32, 100
     weight, bias, statistics = problem(vocab=vocab, size=size)
-    fitter = SignFitter(weight, statistics, bias=bias)
+    fitter = sign_fitter(weight, statistics, bias=bias)
     small = fitter.fit(bits)
     with LargestFloats() as fit:
         fitter.fit(2 * bits, inside=small)
@@ -198,7 +197,7 @@ def test_fit_on_a_gpu_is_as_good_as_on_the_processor():
     weight, bias, statistics = problem(vocab=2_000, size=24)
     errors = {}
     for device in ("cpu", "cuda"):
-        fit = SignFitter(weight, statistics, bias=bias, device=device).fit(48)
+        fit = sign_fitter(weight, statistics, bias=bias, device=device).fit(48)
         assert fit.codes.device.type == fit.codebook.device.type == device
         errors[device] = fit.details["error"]
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.1)
@@ -252,7 +251,7 @@ def test_wrong_input_is_refused():
         fit_signs(weight, statistics, num_codebooks=0)
     weight[4, 2] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 30 rows \(4\)"):
-        SignFitter(weight, statistics, bias=bias)
+        sign_fitter(weight, statistics, bias=bias)
 
 
 def signs_of(fit):
@@ -265,7 +264,7 @@ def signs_of(fit):
 @pytest.mark.parametrize("fine", [0, 20, 200])
 def test_a_fit_holds_the_bits_of_a_smaller_one(fine):
     weight, bias, statistics = problem(vocab=200, size=24)
-    fitter = SignFitter(weight, statistics, bias=bias)
+    fitter = sign_fitter(weight, statistics, bias=bias)
     small, alone = fitter.fit(12, fine), fitter.fit(29, fine)
     # A codebook that was trained meanwhile does not matter to the bits.
     small.codebook, small.codebook_bias = 1.1 * small.codebook, 1.1 * small.codebook_bias
@@ -277,7 +276,7 @@ def test_a_fit_holds_the_bits_of_a_smaller_one(fine):
     assert fit.details["error"] < 0.9 * fit.details["error_greedy"]
     assert fit.details["error"] < 1.5 * alone.details["error"]
     assert fit.details["error"] < 0.5 * small.details["error"]
-    again = SignFitter(weight, statistics, bias=bias).fit(29, fine, inside=small)
+    again = sign_fitter(weight, statistics, bias=bias).fit(29, fine, inside=small)
     assert torch.equal(again.codes, fit.codes)
 
 
@@ -290,7 +289,7 @@ def test_a_fit_holds_the_bits_of_a_smaller_one(fine):
 )
 def test_nested_fits_of_degenerate_layers(vocab, size, bits, share):
     weight, bias, statistics = problem(vocab=vocab, size=size, positions=8)
-    fitter, fit = SignFitter(weight, statistics, bias=bias), None
+    fitter, fit = sign_fitter(weight, statistics, bias=bias), None
     for count in bits:
         larger = fitter.fit(count, int(share * vocab), inside=fit)
         assert torch.isfinite(larger.codebook).all()
@@ -302,7 +301,7 @@ def test_nested_fits_of_degenerate_layers(vocab, size, bits, share):
 
 def test_a_fit_that_cannot_hold_the_smaller_one():
     weight, bias, statistics = problem(vocab=30, size=6)
-    fitter = SignFitter(weight, statistics, bias=bias)
+    fitter = sign_fitter(weight, statistics, bias=bias)
     small = fitter.fit(8, 5)
     with pytest.raises(ValueError, match="`num_codebooks` 8 must be above the 8 of the fit that"):
         fitter.fit(8, 5, inside=small)
