@@ -35,6 +35,7 @@ from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize, choose_size
 
 from .ablation_plot import plot
+from .ablation_table import COLUMNS, cells
 from .models import dense_model, fit_head, quantised_model
 from .protocol import MODELS, Case, load_case
 from .record import record, write
@@ -204,35 +205,12 @@ def show(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 130)
     for name in names:
         table = Table(title=name)
-        for column in ("head", "distilled", "trained"):
-            table.add_column(column)
-        for column in ("R or G x K", "bits", "MB", "factor", "perplexity", "bound", "same greedy"):
-            table.add_column(column, justify="right")
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column in COLUMNS[:3] else "right")
         for row in rows:
-            if name not in row["sections"]:
-                continue
-            texts, bounds = row["texts"].values(), row.get("perplexity_bound", {}).values()
-            table.add_row(
-                *(str(cell) for cell in (row["method"] or "dense", row["distilled"])),
-                row["trained"],
-                codewords(row),
-                f"{row['bits_per_token']:,.0f}" if row["method"] else "",
-                f"{row['total_bytes'] / 1e6:.2f}" if row["method"] else "",
-                f"x{row['factor']:.4f}",
-                " / ".join(f"{text['perplexity']:.2f}" for text in texts),
-                " / ".join(f"{bound:.1f}" for bound in bounds),
-                " / ".join(f"{text['greedy_agreement']:.1%}" for text in texts),
-            )
+            if name in row["sections"]:
+                table.add_row(*cells(row))
         console.print(table)
-
-
-def codewords(row: Mapping[str, Any]) -> str:
-    """How many codewords: R, or G x K."""
-    if row["method"] is None:
-        return ""
-    if row["code_type"] == "sign":
-        return f"{row['num_codebooks']:,}"
-    return f"{row['num_codebooks']:,} x {row['codebook_size']:,}"
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from .ablation_table import ablation
 from .markdown import is_there, precise, results, table, times
 from .output_layer_tables import gate_rates, gru_svm, gru_svm_claims, margins, mixtures
 from .speed_tables import generation, loss, memory, refined, rounding, speed, speed_peers
@@ -22,7 +23,14 @@ DOCUMENTS = (
     README,
     *(
         README.parent / "docs" / name
-        for name in ("gaussian_moe.md", "gru_svm.md", "kernels.md", "output_layers.md", "peers.md")
+        for name in (
+            "ablation.md",
+            "gaussian_moe.md",
+            "gru_svm.md",
+            "kernels.md",
+            "output_layers.md",
+            "peers.md",
+        )
     ),
 )
 HEADS = {
@@ -156,6 +164,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality gpt2-novels": lambda: quality("gpt2-novels"),
     "peers smollm2": lambda: peers("smollm2"),
     "peers gpt2-novels": lambda: peers("gpt2-novels"),
+    "ablation size": lambda: ablation("size"),
+    "ablation initialisation": lambda: ablation("initialisation"),
+    "ablation mapping": lambda: ablation("mapping"),
+    "ablation training": lambda: ablation("training"),
     "finetuning": finetuning,
     "finetuned": finetuned,
     "speed": speed,
