@@ -25,6 +25,36 @@ def test_unknown_tables_are_refused():
         tables.rewrite("<!-- table: three -->\n<!-- end -->")
 
 
+def test_fitted_and_distilled_heads(monkeypatch, tmp_path):
+    monkeypatch.setattr(markdown, "RESULTS", tmp_path)
+
+    def row(head, factor, seconds):
+        texts = {"novels": {"dense_perplexity": 81.3, "factor": factor, "greedy_agreement": 0.912}}
+        return {
+            "model": "one",
+            "head": head,
+            "bits_per_token": 1079.4,
+            "bits_per_weight": 1.87,
+            "total_bytes": 8_900_000,
+            "dense_bytes_bfloat16": 56_600_000,
+            "factor": factor,
+            "texts": texts,
+            "seconds": seconds,
+            "calibration_seconds": 600,
+        }
+
+    rows = [row("signs 98.0%", 1.05, 120), row("signs 98.0% distilled", 1.04, 240)]
+    (tmp_path / "quality_fit.json").write_text(json.dumps({"rows": rows}))
+    _, _, dense, fitted, distilled = tables.quality("one").splitlines()
+    assert "56.6 MB" in dense
+    assert "perplexity 81.30" in dense
+    bytes_ = "1,079 | 1.87 | 8.9 MB"
+    assert fitted == f"| sign codes, 98% | {bytes_} | **x1.050** | x1.050 | 91.2% | 12 |"
+    # The time of a distilled head is that of its fit as well.
+    assert distilled.startswith(f"| sign codes, 98%, distilled | {bytes_} | **x1.040** |")
+    assert distilled.endswith("| 91.2% | 16 |")
+
+
 def test_peers(monkeypatch, tmp_path):
     monkeypatch.setattr(markdown, "RESULTS", tmp_path)
     assert tables.peers("one") == ""
