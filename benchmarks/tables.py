@@ -121,14 +121,17 @@ def finetuned() -> str:
     rows = found["rows"]
     texts = list(rows[0]["texts"])
     header = (
-        "head | learning rate | not fine-tuned | factor, mean | least to most | "
-        f"{' / '.join(texts)} | same greedy token as the dense model, tuned | untuned"
+        "head | not fine-tuned | same greedy token | learning rate | fine-tuned, mean | "
+        f"least to most | {' / '.join(texts)} | same greedy token as the fine-tuned dense model | "
+        "as the original"
     )
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
         yield finetuned_name(row)
+        untuned = row["untuned"]
+        yield times(untuned["factor"])
+        yield " / ".join(f"{untuned['texts'][t]['agreement_untuned_dense']:.1%}" for t in texts)
         yield f"{row['learning_rate']:g}"
-        yield times(row["untuned"]["factor"])
         yield f"**{times(row['factor']['mean'])}**"
         yield " to ".join(times(row["factor"][end]) for end in ("least", "most"))
         figures = [row["texts"][text] for text in texts]

@@ -99,7 +99,7 @@ def test_fine_tuned_models(monkeypatch, tmp_path):
             "whole": False,
             "reduction": 0.98,
             "learning_rate": 3e-4,
-            "untuned": {"factor": 1.2},
+            "untuned": {"factor": 1.2, "texts": {"novels": {"agreement_untuned_dense": 0.7}}},
             "factor": spread(factor),
             "texts": {"novels": text},
             **more,
@@ -114,7 +114,7 @@ def test_fine_tuned_models(monkeypatch, tmp_path):
     (tmp_path / "finetuned.json").write_text(json.dumps({"rows": rows}))
     lines = tables.finetuned().splitlines()
     assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|")
-    assert lines[2].startswith("| dense | 0.0003 | x1.200 | **x1.000** |")
+    assert lines[2].startswith("| dense | x1.200 | 70.0% | 0.0003 | **x1.000** |")
     assert "| perplexity 20.00 | 90.0% | 80.0% |" in lines[2]
     assert lines[3].startswith("| sign codes, 98%, input tied |")
     assert "| **x1.050** | x1.049 to x1.052 | x1.050 |" in lines[3]
