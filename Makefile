@@ -20,9 +20,10 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py --output demo-output
 
 # One thread for each of the two processes: with more than there are cores, OpenMP's waiting loops
-# make the suite ten times slower.
+# make the suite ten times slower. No new process for one that ended amid a test: it would run that
+# test again, and pytest-xdist may wait for it for ever.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 # mypy reads the packages as they install. In the repository `hf_vqlogits.conversion` stands beside
 # `hf_vqlogits`, where mypy would not find it and believe whatever the benchmarks do with it.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import interpreter  # noqa: F401  (before anything that imports Triton)
+import offline  # noqa: F401  (before anything that imports libraries of the hub)
 import pytest
 import torch
 import transformers

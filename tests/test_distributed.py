@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,11 @@ def work(rank: int, folder: str) -> None:
     """One process: every way with every code type, each rank's results in a file."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(minutes=2),
     )
     results = {(way, codes): WAYS[way](codes, rank) for way in WAYS for codes in CODES}
     torch.save(results, f"{folder}/rank-{rank}.pt")
@@ -138,7 +143,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES)
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES, daemon=True)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(PROCESSES)]
 
 

@@ -18,13 +18,6 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    """No test may wait for a hub."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-
-
-@pytest.fixture(autouse=True)
 def _no_distillation_by_default(monkeypatch):
     """Only tests that ask for a distillation wait for one."""
     monkeypatch.setattr("hf_vqlogits.conversion.options.DISTILL_STEPS", 0)

@@ -1,6 +1,7 @@
 """Codes learnt in a plain loop, by one process and by two."""
 
 import copy
+from datetime import timedelta
 
 import pytest
 import torch
@@ -498,7 +499,11 @@ WAYS = {way.__name__: way for way in (ddp, fsdp, fsdp_in_one_unit, disagreeing)}
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(minutes=2),
     )
     torch.save({name: way(rank) for name, way in WAYS.items()}, f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
@@ -507,7 +512,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES)
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES, daemon=True)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(PROCESSES)]
 
 
