@@ -18,10 +18,12 @@ from torch import Tensor
 from . import eager
 from .registration import check, compute_expand, compute_expand_backward, without_autocast
 
-# Bytes of the logits of a chunk. Forward and backward of 2,048 rows, V 50,257, R 500, 2 cores with
-# AVX-512: 943, 889, 883 ms with 24, 40, 64 MB in float32, 560, 563, 602 in bfloat16 (dense, d 768,
-# all rows at once: 3,265 and 2,171 ms).
-CHUNK_BYTES = 40 << 20
+# Bytes of the gradient in the logits of a chunk. For every chunk the product with the signs writes
+# them out anew, for which larger chunks would win little more.
+CHUNK_BYTES = 60 << 20
+# Bytes of logits that are made, and passed over several times, while they are in the cache.
+BLOCK_BYTES = 8 << 20
+BLOCK_ROWS = 4  # share each load of a code in the kernels
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -51,29 +53,44 @@ def chunked(
     one_codebook = code_type == "index" and codes.shape[1] == 1
     counts = _tokens_per_codeword(codes, scores.shape[2]).to(exact) if one_codebook else None
     classes = codes.shape[0] if counts is None else len(counts)
-    size = chunk_size or max(1, CHUNK_BYTES // (max(1, classes) * exact.itemsize))
-    # One place for the logits of all chunks: fresh memory costs as much time as to fill it.
-    room = None
+    half = code_type == "sign" and scores.dtype == torch.bfloat16
+    kind = scores.dtype if half else exact  # as fine as the gradient that is asked for
+    size = chunk_size or max(1, CHUNK_BYTES // (max(1, classes) * kind.itemsize))
+    size = -(-len(rows) // max(1, -(-len(rows) // size)))  # no small chunk at the end
+    block, slopes, room = size, None, None
     if counts is None and scores.device.type == "cpu":
-        room = scores.new_empty(min(size, len(rows)), classes, dtype=exact)
+        # One place for all chunks: fresh memory costs as much time as to fill it.
+        fit = BLOCK_BYTES // (max(1, classes) * exact.itemsize)
+        block = min(size, max(BLOCK_ROWS, fit // BLOCK_ROWS * BLOCK_ROWS))
+        if with_gradient:
+            slopes = scores.new_empty(size, classes, dtype=kind)
+        if slopes is None or kind != exact:
+            room = scores.new_empty(block, classes, dtype=exact)
+
+    def slope_in_logits(chunk: Tensor) -> Tensor | None:
+        slope = None
+        for begin in range(0, len(chunk), block):
+            some = chunk[begin : begin + block]
+            kept = None if slopes is None else slopes[begin : begin + len(some)]
+            place = kept if room is None else room[: len(some)]
+            logits = compute_expand(scores[some].to(exact), codes, code_type, *fine, place)
+            losses[some], slope = of_logits(logits, labels[some], None)
+            if kept is not None and slope is not None:
+                kept.copy_(slope)  # nothing to do where it was made in that place
+        return slope if slope is None or slopes is None else slopes[: len(chunk)]
+
     with without_autocast(scores.device):
         for chunk in rows.split(size) if len(rows) else ():
-            part, target = scores[chunk].to(exact), labels[chunk]
+            shape = (len(chunk), *scores.shape[1:])
             if counts is None:
-                place = None if room is None else room[: len(chunk)]
-                logits = compute_expand(part, codes, code_type, *fine, place)  # (n, V)
+                slope = slope_in_logits(chunk)
+                if slope is not None:
+                    slope = compute_expand_backward(slope.to(kind), codes, code_type, *fine, shape)
             else:
-                logits, target = part[:, 0], codes[target, 0].long()  # (n, K)
-            losses[chunk], slope = of_logits(logits, target, counts)
-            del logits  # or the next chunk's would be made beside them
-            if slope is None:
-                continue
-            if counts is None:
-                shape = tuple(part.shape)
-                if code_type == "sign" and scores.dtype == torch.bfloat16:
-                    slope = slope.to(scores.dtype)  # as fine as the gradient that is asked for
-                slope = compute_expand_backward(slope, codes, code_type, *fine, shape)
-            gradient[chunk] = slope.view(part.shape).to(scores.dtype)
+                target = codes[labels[chunk], 0].long()
+                losses[chunk], slope = of_logits(scores[chunk][:, 0].to(exact), target, counts)
+            if slope is not None:
+                gradient[chunk] = slope.view(shape).to(scores.dtype)
     return losses, gradient
 
 

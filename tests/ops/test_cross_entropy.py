@@ -354,6 +354,32 @@ def test_wrong_arguments_are_refused(change, error, message):
         ops.linear_cross_entropy(arguments.pop("hidden"), arguments.pop("labels"), **arguments)
 
 
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_the_logits_of_a_chunk_are_made_some_rows_at_a_time(
+    kind, dtype, with_gradient, monkeypatch
+):
+    _, labels, head = make_problem(kind, rows=11)
+    scores = torch.randn(11, *head["codebook_bias"].shape).to(dtype)
+    arguments = (scores, *codes_of(head).values(), labels, IGNORED, 0.1, 0.7, 3.0, 0.1)
+    want = cross_entropy.compute_cross_entropy(*arguments, None, with_gradient)
+    monkeypatch.setattr(row_losses, "BLOCK_BYTES", 1)  # 4 rows
+    made, expand = [], row_losses.compute_expand
+
+    def watched(part, *others):
+        made.append(len(part))
+        return expand(part, *others)
+
+    monkeypatch.setattr(row_losses, "compute_expand", watched)
+    got = cross_entropy.compute_cross_entropy(*arguments, 9, with_gradient)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    rows = 0 if kind == "one codebook" else int((labels != IGNORED).sum())
+    assert sum(made) == rows
+    assert max(made, default=0) <= 4
+
+
 def test_the_default_chunk_is_bounded_in_bytes(monkeypatch):
     monkeypatch.setattr(row_losses, "CHUNK_BYTES", 2 * 4 * VOCABULARY)
     _, labels, head = make_problem("index", torch.float32)
