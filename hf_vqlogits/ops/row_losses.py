@@ -3,7 +3,7 @@
 Rows are taken in chunks, as in Liger Kernel (arXiv 2410.10989). A chunk leaves behind its losses
 and at once the gradient of its scores, N x R numbers in all, which backward scales by the gradient
 of the losses. Where a dense layer needs three products of inner size d, this takes two of inner
-size R, one of them by table look-ups. Memory is O(N R) beside the logits of one chunk.
+size R, one of them by table look-ups. Memory is O(N R) beside the gradient in the logits of one chunk.
 
 With index codes and G = 1 all tokens of a codeword have the same logit, and the sum over tokens is
 one over codewords, each counted as often as there are tokens: exact in O(N K), without logits.
@@ -18,8 +18,8 @@ from torch import Tensor
 from . import eager
 from .registration import check, compute_expand, compute_expand_backward, without_autocast
 
-# Bytes of the gradient in the logits of a chunk. For every chunk the product with the signs writes
-# them out anew, for which larger chunks would win little more.
+# Bytes of the gradient in the logits of a chunk. The signs are written out anew for every chunk, so
+# small ones take longer; larger ones take more memory than time is won (docs/kernels.md, Loss).
 CHUNK_BYTES = 60 << 20
 # Bytes of logits that are made, and passed over several times, while they are in the cache.
 BLOCK_BYTES = 8 << 20
@@ -68,6 +68,7 @@ def chunked(
             room = scores.new_empty(block, classes, dtype=exact)
 
     def slope_in_logits(chunk: Tensor) -> Tensor | None:
+        """The gradient (n, V) of the losses of a chunk's rows, which are entered."""
         slope = None
         for begin in range(0, len(chunk), block):
             some = chunk[begin : begin + block]
