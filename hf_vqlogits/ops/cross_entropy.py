@@ -81,8 +81,8 @@ def linear_cross_entropy(
             arXiv 2202.08906).
         num_items_in_batch: with `"mean"`, divide the sum by this number, as Trainer does with rows
             spread over several batches, and not by that of the rows that count here.
-        chunk_size: rows whose gradient in the logits exists at a time; None takes 60 MB. The kernels
-            for sign codes on a GPU keep none.
+        chunk_size: rows whose gradient in the logits exists at a time; None takes 60 MB. The GPU
+            kernels for sign codes keep none.
 
     Returns:
         The loss in nats, a scalar, or (N,) with `"none"` (0 at ignored rows); float32, or float64

@@ -3,7 +3,8 @@
 Rows are taken in chunks, as in Liger Kernel (arXiv 2410.10989). A chunk leaves behind its losses
 and at once the gradient of its scores, N x R numbers in all, which backward scales by the gradient
 of the losses. Where a dense layer needs three products of inner size d, this takes two of inner
-size R, one of them by table look-ups. Memory is O(N R) beside the gradient in the logits of one chunk.
+size R, one of them by table look-ups. Memory is O(N R) beside the gradient in the logits of one
+chunk.
 
 With index codes and G = 1 all tokens of a codeword have the same logit, and the sum over tokens is
 one over codewords, each counted as often as there are tokens: exact in O(N K), without logits.
