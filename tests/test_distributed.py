@@ -4,12 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import PROCESSES, results_of
 from safetensors.torch import load_file
 from test_examples import EXAMPLES, SCRIPTS, write_inputs
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from transformers import GPT2Config
 
 from hf_vqlogits import VQLogitsConfig, VQLogitsForCausalLM
 
-PROCESSES = 2
 STEPS = 3
 VOCABULARY = 310  # above 256, so that index codes need int32
 CODES = {
@@ -125,26 +124,14 @@ def fsdp_from_rank_0(codes: str, rank: int) -> dict:
 WAYS = {way.__name__: way for way in (ddp, fsdp, fsdp_from_rank_0)}
 
 
-def work(rank: int, folder: str) -> None:
-    """One process: every way with every code type, each rank's results in a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(minutes=2),
-    )
-    results = {(way, codes): WAYS[way](codes, rank) for way in WAYS for codes in CODES}
-    torch.save(results, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+def work(rank: int) -> dict:
+    """Every way with every code type."""
+    return {(way, codes): WAYS[way](codes, rank) for way in WAYS for codes in CODES}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES, daemon=True)
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(PROCESSES)]
+    return results_of(work, tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("codes", CODES)

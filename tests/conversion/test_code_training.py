@@ -1,11 +1,10 @@
 """Codes learnt in a plain loop, by one process and by two."""
 
 import copy
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import PROCESSES, results_of
 from tiny import VOCABULARY, reference_logits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -428,7 +427,6 @@ def test_a_whole_copy_is_the_head_in_float32(model):
     assert head.codebook.requires_grad
 
 
-PROCESSES = 2
 STEPS = 6
 WIDTHS = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": LENGTH}
 
@@ -496,24 +494,13 @@ def disagreeing(rank):
 WAYS = {way.__name__: way for way in (ddp, fsdp, fsdp_in_one_unit, disagreeing)}
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(minutes=2),
-    )
-    torch.save({name: way(rank) for name, way in WAYS.items()}, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+def work(rank):
+    return {name: way(rank) for name, way in WAYS.items()}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=PROCESSES, daemon=True)
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(PROCESSES)]
+    return results_of(work, tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("way", WAYS)
