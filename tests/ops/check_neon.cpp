@@ -35,10 +35,11 @@ void compare(int64_t rows, int64_t vocabulary, int64_t codebooks, int64_t codewo
   std::vector<uint8_t> tiles(vqlogits_tile_bytes(kNeon, &coding));
   vqlogits_tile(kNeon, &coding, codes.data(), tiles.data(), 2);
   std::vector<float> want(rows * vocabulary), got(rows * vocabulary);
-  std::vector<uint16_t> half(rows * vocabulary);
+  std::vector<uint16_t> half(rows * vocabulary), brain(rows * vocabulary);
   vqlogits_expand_plain(&coding, scores.data(), codes.data(), rows, want.data(), 2);
   vqlogits_expand_tiles(kNeon, &coding, scores.data(), tiles.data(), nullptr, rows, 0, got.data(), 2);
   vqlogits_expand_tiles(kNeon, &coding, scores.data(), tiles.data(), nullptr, rows, 2, half.data(), 2);
+  vqlogits_expand_tiles(kNeon, &coding, scores.data(), tiles.data(), nullptr, rows, 1, brain.data(), 2);
   // Half a scale for each of the look-ups, and the scale is at most their whole sum over 32,675.
   for (int64_t n = 0; n < rows; n++) {
     double sum = 0;
@@ -52,6 +53,10 @@ void compare(int64_t rows, int64_t vocabulary, int64_t codebooks, int64_t codewo
       std::memcpy(&rounded, &half[n * vocabulary + v], sizeof rounded);
       check(static_cast<float>(rounded) == static_cast<float>(static_cast<__fp16>(other)),
             "float16", rows, vocabulary, codebooks);
+      uint32_t bits;
+      std::memcpy(&bits, &other, sizeof bits);
+      check(brain[n * vocabulary + v] == (bits + 0x7fff + (bits >> 16 & 1)) >> 16, "bfloat16", rows,
+            vocabulary, codebooks);
     }
   }
 }

@@ -66,6 +66,16 @@ VQLOGITS_TARGET inline void store_half(const float* values, uint16_t* to) {
                                       _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// 16 floats -> bfloat16. What is cut off rounds up from 0x8000 on, or from behind it where the last
+// digit that stays is even.
+VQLOGITS_TARGET inline void store_bfloat16(const float* values, uint16_t* to) {
+  const __m512i bits = _mm512_castps_si512(_mm512_loadu_ps(values));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16)));
+}
+
 // partial[row][token] += scale * sum of the look-ups of one segment, for ROWS rows and BLOCKS
 // blocks of tokens. The rows share each load of codes, the blocks each load of a table. Scales and
 // partial sums of the rows stand `row_scales` and kTaskTokens apart.

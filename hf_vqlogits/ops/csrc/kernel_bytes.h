@@ -85,6 +85,19 @@ VQLOGITS_TARGET inline void store_half(const float* values, uint16_t* to) {
   }
 }
 
+// 16 floats -> bfloat16, as in kernel_avx512.h.
+VQLOGITS_TARGET inline void store_bfloat16(const float* values, uint16_t* to) {
+  for (int i = 0; i < 16; i += 8) {
+    const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(values + i));
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i high = _mm256_srli_epi32(sum, 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm_packus_epi32(_mm256_castsi256_si128(high),
+                                      _mm256_extracti128_si256(high, 1)));
+  }
+}
+
 }  // namespace vqlogits::bytes
 
 #elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
@@ -152,6 +165,16 @@ inline void prefetch(const uint8_t* codes) { __builtin_prefetch(codes); }
 inline void store_half(const float* values, uint16_t* to) {
   for (int i = 0; i < 16; i += 4) {
     vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(values + i))));
+  }
+}
+
+// 16 floats -> bfloat16, as in kernel_avx512.h.
+inline void store_bfloat16(const float* values, uint16_t* to) {
+  for (int i = 0; i < 16; i += 4) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(vld1q_f32(values + i));
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t sum = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+    vst1_u16(to + i, vshrn_n_u32(sum, 16));
   }
 }
 

@@ -6,7 +6,7 @@
 //     kRows, kPairBlocks, kSingleBlocks   rows that share a load of codes, and blocks that share one
 //                               of tables where two rows or one are left
 //     FieldScores               the scores of a field of sign codes
-//     add_segment, sign_sums, put_entries, store_half
+//     add_segment, sign_sums, put_entries, store_half, store_bfloat16
 //   VQLOGITS_TARGET  the attribute of functions that need its instructions
 //
 // Precision. Entries are 16-bit integers; each row and segment has a scale of its own, and the
@@ -131,17 +131,14 @@ VQLOGITS_TARGET inline void store(const float* logits, int64_t count, Output typ
   }
   uint16_t* to = static_cast<uint16_t*>(out) + at;
   for (int64_t v = 0; v < count; v += 16) {
-    uint16_t halves[16];
+    uint16_t last[16];
+    uint16_t* halves = v + 16 <= count ? to + v : last;
     if (type == Output::kFloat16) {
       store_half(logits + v, halves);
     } else {
-      for (int i = 0; i < 16; i++) {
-        uint32_t bits;
-        std::memcpy(&bits, logits + v + i, sizeof bits);
-        halves[i] = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-      }
+      store_bfloat16(logits + v, halves);
     }
-    std::memcpy(to + v, halves, std::min<int64_t>(count - v, 16) * sizeof(uint16_t));
+    if (halves == last) std::memcpy(to + v, last, (count - v) * sizeof(uint16_t));
   }
 }
 
