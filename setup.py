@@ -31,6 +31,7 @@ libraries = [
         "hf_vqlogits/ops/csrc/expand.cpp",
         (
             "coding",
+            "kernel_amx",
             "kernel_avx512",
             "kernel_bytes",
             "layout",

@@ -24,7 +24,7 @@ from transformers import GPT2Config
 from hf_vqlogits import VQLogitsConfig, VQLogitsHead
 from hf_vqlogits.conversion.sizes import DEFAULT_FINE_SHARE
 from hf_vqlogits.conversion.timing import paired_medians
-from hf_vqlogits.ops import cpu
+from hf_vqlogits.ops import backends, cpu, scores
 
 from . import losses
 from . import speed_peers as peers
@@ -110,8 +110,13 @@ def _measure(point: Point, rates: Rates, seed: int) -> dict[str, Any]:
     hidden = torch.randn(point.rows, point.hidden_size)
     weight = torch.randn(point.vocab_size, point.hidden_size)
     calls: peers.Calls = {"quantised": lambda: head(hidden), **peers.dense(hidden, weight)}
+    path = backends.for_expand(
+        scores(hidden, head.codebook, head.codebook_bias, scale=1.0),
+        head.codes,
+        head.code_type,
+    )
     if point.beside:
-        others = [path for path in cpu.paths()[1:] if path != "neon"]
+        others = [other for other in cpu.paths() if other not in (path, "neon")]
         calls |= peers.best_tokens(head, hidden)
         calls |= peers.other_backends(head, hidden, *others, "matmul")
         calls |= peers.integers(hidden, weight)
@@ -136,7 +141,7 @@ def _measure(point: Point, rates: Rates, seed: int) -> dict[str, Any]:
             point.vocab_size,
             head.num_codebooks,
             head.num_fine_tokens,
-            next(iter(cpu.paths()), ""),
+            path,
             point.rows,
             codewords=point.codebook_size or 2,
         ),

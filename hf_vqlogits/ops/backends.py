@@ -6,6 +6,7 @@ The environment variable `VQLOGITS_BACKEND` forces one, for tests and comparison
     eager    PyTorch operations, sign codes unpacked piece by piece
     matmul   sign codes as a product with the kept +-1 matrix, index codes as `eager`
     cpu      the compiled kernel, by the fastest path that the processor has
+    amx      the compiled kernel, products of 8-bit tiles (sign codes of many rows)
     avx512   the compiled kernel, 16-bit tables in AVX-512 registers
     avx2     the same with tables of half the size, in AVX2 registers
     neon     the same, in NEON registers
@@ -57,16 +58,17 @@ def for_expand(scores: Tensor, codes: Tensor, code_type: str) -> str:
     # for 1, 64, 256, 1,024 rows, against 13, 41, 134, 504 ms.
     if name == "auto" or name in COMPILED:
         for path in cpu.paths() if scores.device.type == "cpu" else ():
-            if name in ("auto", "cpu", path) and cpu.supports(path, scores, codes, code_type):
+            wins = name in ("auto", "cpu") and len(scores) >= cpu.LEAST_ROWS.get(path, 0)
+            if (wins or name == path) and cpu.supports(path, scores, codes, code_type):
                 return path
     if name in COMPILED:
         raise RuntimeError(
             f"{VARIABLE}={name} cannot be obeyed: this machine has the compiled paths "
             f"{list(cpu.paths())}, the scores are {scores.dtype} {tuple(scores.shape)} on "
             f"{scores.device}. The kernels take float32, bfloat16 and float16 on the CPU; avx512 "
-            "at most 32 codewords a codebook, avx2 and neon 16, and no codes made under "
-            "`torch.inference_mode()`. "
-            "Unset the variable to have a backend chosen."
+            "at most 32 codewords a codebook, avx2 and neon 16, amx sign codes alone, and none of "
+            "these codes made under `torch.inference_mode()`. Unset the variable to have a backend "
+            "chosen."
         )
     if _takes_triton(name, scores, codes):
         return "triton"

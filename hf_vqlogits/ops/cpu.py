@@ -2,8 +2,9 @@
 
 The library is built from `csrc/` when the package is installed, if there is a C++ compiler. Its
 paths `avx512`, `avx2` and `neon` look up 16-bit partial sums in tables that fit a register, for
-sign codes and index codes with K <= 32 (AVX-512) or K <= 16; `plain` is portable C++ with tables of
-float32, for all codes. Being a plain C library it is bound to no version of PyTorch.
+sign codes and index codes with K <= 32 (AVX-512) or K <= 16; `amx` multiplies sign codes, for many
+rows, as tiles of 8-bit integers; `plain` is portable C++ with tables of float32, for all codes.
+Being a plain C library it is bound to no version of PyTorch.
 """
 
 import ctypes
@@ -22,13 +23,17 @@ from .tensor_cache import TensorCache
 
 logger = logging.getLogger(__name__)
 
-_INTERFACE = 6  # `kInterface` in csrc/expand.cpp
+_INTERFACE = 7  # `kInterface` in csrc/expand.cpp
 _EXTENSION = "_expand"  # in setup.py
 OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCORED_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of hidden states and codebook
-_PATHS = {"avx512": 1, "avx2": 2, "neon": 3, "plain": 0}  # `Path` there, the fastest first
-# K of a path whose tables fit a register: an index must fit a field of 5 or 4 bits.
-LARGEST_CODEBOOKS = {"avx512": 32, "avx2": 16, "neon": 16}
+# `Path` there, the fastest first.
+_PATHS = {"amx": 4, "avx512": 1, "avx2": 2, "neon": 3, "plain": 0}
+# K of the paths that read tiled codes: an index must fit a field of 5 or 4 bits, for its tables to
+# fit a register. Tiles of a product stand for signs alone.
+LARGEST_CODEBOOKS = {"amx": 0, "avx512": 32, "avx2": 16, "neon": 16}
+LEAST_ROWS = {"amx": 24}  # below which the next path is faster (figures: csrc/kernel_amx.h)
+SCORING_PATHS = ("avx512", "avx2", "neon")  # that [`logits`] knows
 PIECE_BYTES = 4 << 20  # of the +-1 matrix, unpacked at a time
 
 
@@ -90,7 +95,10 @@ _prepared_fine: TensorCache[_PreparedFine] = TensorCache()
 
 
 def paths() -> tuple[str, ...]:
-    """The paths that this machine can take, the fastest first; none without the library."""
+    """The paths that this machine can take, the fastest first; none without the library.
+
+    Each is the fastest from its `LEAST_ROWS` on.
+    """
     library = _load()
     return () if library is None else _paths_of(library)
 
@@ -134,7 +142,8 @@ def expand(
     Sums are taken in float32. Those paths round their tables to multiples of a scale, one for each
     row and segment of the codes; a logit is off by at most half a scale per table (derived in
     csrc/tables_kernel.h), with normal scores by about 0.1% and at most 0.5% of the deviation of a
-    row's logits. A row with a score that is NaN or infinite becomes NaN as a whole there.
+    row's logits. `amx` rounds the scores, and is off by a tenth of that (csrc/kernel_amx.h). A row
+    with a score that is NaN or infinite becomes NaN as a whole there.
 
     Raises:
         IndexError: an index code lies outside 0..K-1, or one of `fine_ids` outside 0..V-1.
@@ -211,7 +220,7 @@ def logits(
     fine_ids: Tensor | None = None,
     fine_codes: Tensor | None = None,
 ) -> Tensor:
-    """Logits (N, V) of a few hidden states (N, d), by a path of `LARGEST_CODEBOOKS`.
+    """Logits (N, V) of a few hidden states (N, d), by a path of `SCORING_PATHS`.
 
     All in one of `SCORED_TYPES`. Scores are sums of products in float32; the rest is [`expand`].
 

@@ -77,6 +77,6 @@ def _path(
     requested = backends.requested()
     shape = codebook_bias.shape
     for path in cpu.paths():
-        if path in cpu.LARGEST_CODEBOOKS and requested in ("auto", "cpu", path):
+        if path in cpu.SCORING_PATHS and requested in ("auto", "cpu", path):
             return path if cpu.knows(path, codes, code_type, shape[-1]) else None
     return None

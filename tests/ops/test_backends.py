@@ -39,6 +39,19 @@ def test_a_machine_with_avx512_uses_it_where_it_can(choose, monkeypatch):
     assert choose("plain", *SIGN) == "plain"
 
 
+def test_a_machine_with_amx_uses_it_for_signs_of_many_rows(choose, monkeypatch):
+    monkeypatch.setattr(cpu, "paths", lambda: ("amx", "avx512", "plain"))
+    few, many = (references.random_scores(rows, 20) for rows in (23, 24))
+    for name in ("auto", "cpu"):
+        assert choose(name, few, *SIGN[1:]) == "avx512"
+        assert choose(name, many, *SIGN[1:]) == "amx"
+        assert choose(name, SMALL[0].repeat(12, 1, 1), *SMALL[1:]) == "avx512"
+    assert choose("amx", *SIGN) == "amx"
+    assert choose("avx512", many, *SIGN[1:]) == "avx512"
+    with pytest.raises(RuntimeError, match="VQLOGITS_BACKEND=amx .* amx sign codes alone"):
+        choose("amx", *SMALL)
+
+
 def test_a_machine_without_avx512_uses_portable_code(choose, monkeypatch):
     monkeypatch.setattr(cpu, "paths", lambda: ("plain",))
     for name in ("auto", "cpu", "plain"):

@@ -15,6 +15,15 @@ PATHS = cpu.paths()
 
 pytestmark = pytest.mark.skipif(not PATHS, reason="the compiled kernel was not built")
 each_path = pytest.mark.parametrize("path", PATHS)
+each_path_of_codes = pytest.mark.parametrize(
+    ("path", "code_type"),
+    [
+        (path, kind)
+        for kind in ("sign", "index")
+        for path in PATHS
+        if (path, kind) != ("amx", "index")
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +41,8 @@ def error_bound(scores, code_type, path):
     tables a word, at most 17 words a segment, in segments of equal length. With b the sum over the
     F tables of a segment of half their range, entries are multiples of b / (32700 - F / 2), each
     rounded by at most half of one. `avx2`, `neon`: the same with 4 bits, two tables a word and 25
-    words. `plain` rounds as float32 does, and so do the sums of all.
+    words. `amx`: scores are multiples of the largest over 32,639. `plain` rounds as float32 does,
+    and so do the sums of all.
     """
     scores = scores.double()
     if code_type == "sign":
@@ -42,7 +52,9 @@ def error_bound(scores, code_type, path):
         bits = max(1, (scores.shape[2] - 1).bit_length())
     largest = scores.abs() if code_type == "sign" else scores.abs().amax(2)
     bound = 1e-6 * largest.sum(1)
-    if path != "plain":
+    if path == "amx":
+        bound += scores.shape[1] / 2 * largest.amax(1) / 32639
+    elif path != "plain":
         field, fields, most = (5, 3, 17) if path == "avx512" else (4, 2, 25)
         per_word = fields * (field // bits)
         words = -(-scores.shape[1] // per_word)
@@ -225,8 +237,7 @@ def test_sixteen_bits_cost_little_of_the_deviation_of_the_logits(path):
     assert error.abs().max() / want.std() < 5e-3
 
 
-@each_path
-@pytest.mark.parametrize("code_type", ["sign", "index"])
+@each_path_of_codes
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_float32_rounded(path, code_type, dtype):
     codes, scores = codes_and_scores(code_type)
@@ -246,8 +257,7 @@ def test_half_precision_overflows_to_infinity(path):
     assert logits.tolist() == [[float("inf"), float("-inf"), 0.0]]
 
 
-@each_path
-@pytest.mark.parametrize("code_type", ["sign", "index"])
+@each_path_of_codes
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_scores_that_are_not_finite_spoil_their_own_row_only(path, code_type, value):
     codes, scores = codes_and_scores(code_type)
@@ -282,8 +292,7 @@ def test_sums_beyond_float32_are_not_finite(path):
     assert not bool(got.isfinite().any())
 
 
-@each_path
-@pytest.mark.parametrize("code_type", ["sign", "index"])
+@each_path_of_codes
 def test_strides_do_not_matter(path, code_type):
     codes, scores = codes_and_scores(code_type)
     want = cpu.expand(scores, codes, code_type, path)
@@ -294,8 +303,7 @@ def test_strides_do_not_matter(path, code_type):
     assert torch.equal(cpu.expand(strided, wide, code_type, path), want[:, ::2])
 
 
-@each_path
-@pytest.mark.parametrize("code_type", ["sign", "index"])
+@each_path_of_codes
 def test_a_row_does_not_depend_on_the_others(path, code_type):
     codes, scores = codes_and_scores(code_type)
     together = cpu.expand(scores, codes, code_type, path)

@@ -6,7 +6,7 @@ from torch import nn
 from hf_vqlogits import ops
 from hf_vqlogits.ops import backends, cpu, direct
 
-TABLE_PATHS = [path for path in cpu.paths() if path in cpu.LARGEST_CODEBOOKS]
+TABLE_PATHS = [path for path in cpu.paths() if path in cpu.SCORING_PATHS]
 D = 37
 
 pytestmark = pytest.mark.skipif(not TABLE_PATHS, reason="no kernel with tables in registers")

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "coding.h"
+#include "kernel_amx.h"
 #include "kernel_avx512.h"
 #include "kernel_bytes.h"
 #include "layout.h"
@@ -23,11 +24,11 @@ using vqlogits::Scoring;
 namespace {
 
 // `_INTERFACE` in ops/cpu.py; to be raised with every change of the functions below.
-constexpr int32_t kInterface = 6;
+constexpr int32_t kInterface = 7;
 constexpr int32_t kNoMemory = -1;
 
 // `_PATHS` in ops/cpu.py.
-enum Path : int32_t { kPlain = 0, kAvx512 = 1, kAvx2 = 2, kNeon = 3 };
+enum Path : int32_t { kPlain = 0, kAvx512 = 1, kAvx2 = 2, kNeon = 3, kAmx = 4 };
 
 // Below this many look-ups a loop is over before other threads have woken up.
 constexpr int64_t kLookupsPerThread = 1 << 17;
@@ -45,9 +46,9 @@ auto with_shape(int32_t path, const Function& function) {
   return path == kAvx512 ? function(vqlogits::Words()) : function(vqlogits::Bytes());
 }
 
-// Calls `function` with the kernel of a path that this build has.
+// Calls `function` with the kernel of a path with tables that this build has.
 template <typename Function>
-int32_t with_kernel([[maybe_unused]] int32_t path, [[maybe_unused]] const Function& function) {
+int32_t with_tables([[maybe_unused]] int32_t path, [[maybe_unused]] const Function& function) {
   try {
 #if VQLOGITS_X86
     if (path == kAvx512) function(vqlogits::avx512::Kernel());
@@ -59,6 +60,22 @@ int32_t with_kernel([[maybe_unused]] int32_t path, [[maybe_unused]] const Functi
     return kNoMemory;
   }
   return 0;
+}
+
+// Likewise with the kernel of any path that reads tiled codes.
+template <typename Function>
+int32_t with_kernel(int32_t path, const Function& function) {
+#if VQLOGITS_AMX
+  if (path == kAmx) {
+    try {
+      function(vqlogits::amx::Kernel());
+    } catch (const std::bad_alloc&) {
+      return kNoMemory;
+    }
+    return 0;
+  }
+#endif
+  return with_tables(path, function);
 }
 
 }  // namespace
@@ -82,6 +99,10 @@ int32_t vqlogits_has(int32_t path) {
     case kNeon:
       return 1;
 #endif
+#if VQLOGITS_AMX
+    case kAmx:
+      return vqlogits::amx::available();
+#endif
     default:
       return 0;
   }
@@ -98,6 +119,9 @@ int64_t vqlogits_block_tokens() { return vqlogits::kLanes; }
 
 // How many bytes the tiled codes of a path take; 0 when it does not know such codes.
 int64_t vqlogits_tile_bytes(int32_t path, const Coding* coding) {
+#if VQLOGITS_AMX
+  if (path == kAmx) return vqlogits::amx::tile_bytes(*coding);
+#endif
   return with_shape(path, [&](auto shape) -> int64_t {
     using S = decltype(shape);
     return S::fits(*coding) ? vqlogits::Fields<S>(*coding).tile_words() * sizeof(typename S::Word)
@@ -108,6 +132,9 @@ int64_t vqlogits_tile_bytes(int32_t path, const Coding* coding) {
 // codes as stored -> tiles [vqlogits_tile_bytes].
 void vqlogits_tile(int32_t path, const Coding* coding, const void* codes, void* tiles,
                    int32_t threads) {
+#if VQLOGITS_AMX
+  if (path == kAmx) return vqlogits::amx::tile(*coding, codes, tiles, threads);
+#endif
   with_shape(path, [&](auto shape) {
     vqlogits::tile<decltype(shape)>(*coding, codes, tiles, threads);
     return 0;
@@ -117,6 +144,9 @@ void vqlogits_tile(int32_t path, const Coding* coding, const void* codes, void* 
 // Second codes as stored, in the order of fine->ids -> tiles [32 fine->blocks[tasks] words].
 void vqlogits_tile_fine(int32_t path, const Coding* coding, const Fine* fine, const void* codes,
                         void* tiles, int32_t threads) {
+#if VQLOGITS_AMX
+  if (path == kAmx) return vqlogits::amx::tile_fine(*coding, *fine, codes, tiles, threads);
+#endif
   with_shape(path, [&](auto shape) {
     vqlogits::tile_fine<decltype(shape)>(*coding, *fine, codes, tiles, threads);
     return 0;
@@ -138,7 +168,7 @@ int32_t vqlogits_expand_tiles(int32_t path, const Coding* coding, const float* s
 int32_t vqlogits_logits_tiles(int32_t path, const Coding* coding, const Scoring* scoring,
                               const void* tiles, const Fine* fine, int64_t rows, int32_t type,
                               void* out, int32_t threads) {
-  return with_kernel(path, [&](auto kernel) {
+  return with_tables(path, [&](auto kernel) {
     kernel.logits(*coding, *scoring, tiles, fine, rows, static_cast<Output>(type), out,
                   useful_threads(*coding, rows, threads));
   });
