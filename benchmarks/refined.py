@@ -2,11 +2,11 @@
 
     python -m benchmarks.refined --work FOLDER --output benchmarks/results/refined.json
 
-For several T (`refine_top_k`): how often the most likely token is the dense layer's on text kept
-out of the fit, how many tokens a position are scored again by the rule fitted to 99.9%, at how many
-positions a bound on any error makes the token certain, and the time of one row's logits beside the
-dense layers, in turns in one run. The head is fitted by the project's protocol, but for the text
-that the rule is fitted to, and distilled as by default.
+For several T (`refine_top_k`) and rules (`refine_agreement`): how often the most likely token is
+the dense layer's on text kept out of the fit, how many tokens a position are scored again, at how
+many positions a bound on any error makes the token certain, and the time of one row's logits beside
+the dense layers, in turns in one run. The heads are fitted by the project's protocol, but for the
+text that the rule is fitted to, and distilled as by default.
 """
 
 import argparse
@@ -32,17 +32,19 @@ from .protocol import MODELS, Case, load_case
 from .record import record, score_of, write
 from .work_folder import WorkFolder
 
-CANDIDATES = (4, 16, 64, 256)
+RULES = (
+    *((top_k, REFINE_AGREEMENT) for top_k in (4, 16, 64, 256)),
+    (256, 1.0),
+    (1024, 1.0),
+)
 NONE = "none"
 QUICK_STEPS = 4
 
 
 def measure(
-    case: Case, work: WorkFolder, *, reduction: float, distill_steps: int, seed: int
+    case: Case, quantiser: Quantiser, work: WorkFolder, *, reduction: float, distill_steps: int
 ) -> list[dict[str, Any]]:
-    """One row of figures for each T of `CANDIDATES`, and the first without."""
-    corpus = keep_out(case.corpus(), seed)
-    quantiser = Quantiser(case.parts, corpus, seed, show_progress=True)
+    """One row of figures for each of `RULES`, and the first without."""
     statistics, told = calibrated(case, quantiser, work, name="part-of-the-text")
     vocab_size, hidden_size = case.parts.weight.shape
     size = choose_size(
@@ -52,15 +54,15 @@ def measure(
     if distill_steps:
         quantiser.distill(head, distill_steps, statistics)
     fitted: dict[str, FittedRefinement] = {
-        f"T = {top_k}": quantiser.refine(
+        f"T = {top_k}, {agreement:.1%}": quantiser.refine(
             head,
             size,
             statistics,
             top_k=top_k,
-            agreement=REFINE_AGREEMENT,
+            agreement=agreement,
             with_embedding=case.parts.tied,
         )
-        for top_k in CANDIDATES
+        for top_k, agreement in RULES
         if top_k <= vocab_size
     }
     layers = {name: one.logits(case.parts, head) for name, one in fitted.items()}
@@ -75,6 +77,7 @@ def measure(
             row[f"faster_than_{dtype}"] = times[f"dense_{dtype}"] / seconds
         if name != NONE:
             one = fitted[name]
+            row["top_k"] = one.refinement.top_k
             row["deviations"] = one.refinement.deviations
             for text, figures in row["texts"].items():
                 figures |= vars(one.judge(case.parts, head, case.hidden(text)))
@@ -110,7 +113,7 @@ def main() -> None:
     p.add_argument("--data", type=Path, default=Path("../shared/data"))
     p.add_argument("--models", type=Path, default=Path("../shared/models"))
     p.add_argument("--only", choices=MODELS, help="one of the models")
-    p.add_argument("--param-reduction", type=float, default=0.99)
+    p.add_argument("--param-reduction", type=float, nargs="+", default=[0.99, 0.98])
     p.add_argument("--distill-steps", type=int, default=DISTILL_STEPS)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="a twentieth of the text")
@@ -130,14 +133,11 @@ def main() -> None:
             p.error(str(error))
         for name in [options.only] if options.only else MODELS:
             case = load_case(name, options.data, options.models, quick=options.quick)
-            rows += measure(
-                case,
-                work,
-                reduction=options.param_reduction,
-                distill_steps=steps,
-                seed=options.seed,
-            )
-            write(result, options.output)
+            corpus = keep_out(case.corpus(), options.seed)
+            quantiser = Quantiser(case.parts, corpus, options.seed, show_progress=True)
+            for reduction in options.param_reduction:
+                rows += measure(case, quantiser, work, reduction=reduction, distill_steps=steps)
+                write(result, options.output)
     show(rows)
 
 

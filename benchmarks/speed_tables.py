@@ -113,13 +113,14 @@ def refined() -> str:
     texts = list(rows[0]["texts"])
     both = " / ".join(texts)
     header = (
-        f"T | same most likely token, {both} | tokens scored | certain | factor | one row | "
-        "faster than float32 / bfloat16"
+        f"head | T, rule | same most likely token, {both} | tokens scored | certain | factor | "
+        "one row | faster than float32 / bfloat16"
     )
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
         figures = [row["texts"][text] for text in texts]
         plain = row["scored_again"] == "none"
+        yield f"{row['reduction']:.0%}" if plain else ""
         yield "" if plain else row["scored_again"].removeprefix("T = ")
         yield " / ".join(f"**{one['greedy_agreement']:.2%}**" for one in figures)
         yield "" if plain else " / ".join(f"{one['scored']:.1f}" for one in figures)

@@ -10,28 +10,33 @@ from benchmarks import refined
 
 def test_results_and_table(tiny_case, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(refined, "load_case", lambda *_, **__: tiny_case)
-    monkeypatch.setattr(refined, "CANDIDATES", (4, 300, 1000))
+    monkeypatch.setattr(refined, "RULES", ((4, 0.999), (300, 0.999), (300, 1.0), (1000, 0.999)))
     output = tmp_path / "refined.json"
     words = ["refined", "--quick", "--only", "gpt2-novels", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", [*words, "--param-reduction", "0.98"])
+    monkeypatch.setattr(sys, "argv", [*words, "--param-reduction", "0.98", "0.96"])
     refined.main()
 
     result = json.loads(output.read_text())
-    rows = {row["scored_again"]: row for row in result["rows"]}
-    assert list(rows) == ["none", "T = 4", "T = 300"]  # no more than the vocabulary
+    assert [row["reduction"] for row in result["rows"]] == [0.98] * 4 + [0.96] * 4
+    away = {row["reduction"]: abs(row["factor"] - 1) for row in result["rows"][::4]}
+    assert away[0.98] > away[0.96]
+    rows = {row["scored_again"]: row for row in result["rows"][:4]}
+    names = ["T = 4, 99.9%", "T = 300, 99.9%", "T = 300, 100.0%"]
+    assert list(rows) == ["none", *names]  # no more than the vocabulary
+    assert [row.get("top_k") for row in rows.values()] == [None, 4, 300, 300]
     assert (result["seed"], result["quick"]) == (0, True)
     agreement = [row["texts"]["novels"]["greedy_agreement"] for row in rows.values()]
     assert agreement == sorted(agreement)
     assert agreement[0] < agreement[1]
     assert agreement[2] > 0.98
-    assert rows["T = 300"]["factor"] == pytest.approx(1, abs=abs(rows["none"]["factor"] - 1))
-    scored = [rows[f"T = {t}"]["texts"]["novels"]["scored"] for t in (4, 300)]
-    assert 0 < scored[0] <= scored[1]
+    assert rows[names[-1]]["factor"] == pytest.approx(1, abs=abs(rows["none"]["factor"] - 1))
+    scored = [rows[name]["texts"]["novels"]["scored"] for name in names]
+    assert 0 < scored[0] <= scored[1] <= scored[2]
     for row in rows.values():
         assert row["milliseconds"] > 0
         assert row["faster_than_float32"] > 0
     printed = capsys.readouterr().out
-    assert "T = 300" in printed
+    assert "T = 300, 100.0%" in printed
     assert "scored again" in printed
 
 
