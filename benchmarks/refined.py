@@ -34,8 +34,7 @@ from .work_folder import WorkFolder
 
 RULES = (
     *((top_k, REFINE_AGREEMENT) for top_k in (4, 16, 64, 256)),
-    (256, 1.0),
-    (1024, 1.0),
+    *((top_k, 1.0) for top_k in (64, 128, 256)),
 )
 NONE = "none"
 QUICK_STEPS = 4

@@ -126,7 +126,7 @@ class Refinement(nn.Module):
         """What all quantised logits have more than the dense ones, (..., d) -> (..., 1)."""
         wide = torch.promote_types(hidden_states.dtype, torch.float32)  # other sums, other digits
         common, bias = self.common.to(wide), self.common_bias.to(wide)
-        return (hidden_states.to(wide) @ common).unsqueeze(-1) + bias
+        return torch.nn.functional.linear(hidden_states.to(wide), common.unsqueeze(0), bias)
 
     def rescore(
         self,
@@ -170,14 +170,19 @@ class Refinement(nn.Module):
                 "This refinement has no dense weight of its own: hand in `rows` of the input "
                 "embedding's."
             )
-        chosen = tokens.flatten(0, -2) if tokens.dim() > 1 else tokens.unsqueeze(0)
-        if not len(chosen):
+        if not tokens.numel():
             return values
+        chosen = tokens.view(-1, tokens.shape[-1])
         hidden = hidden_states.reshape(len(chosen), hidden_states.shape[-1])
         at_once = max(1, CHUNK_BYTES // (4 * chosen.shape[1] * hidden.shape[1]))
-        parts = zip(hidden.split(at_once), chosen.split(at_once), strict=True)
-        raw = torch.cat([_raw_logits(rows, self.bias, h, c) for h, c in parts])
+        if len(chosen) <= at_once:  # as in decoding, where every operation counts
+            raw = _raw_logits(rows, self.bias, hidden, chosen)
+        else:
+            parts = zip(hidden.split(at_once), chosen.split(at_once), strict=True)
+            raw = torch.cat([_raw_logits(rows, self.bias, h, c) for h, c in parts])
         exact = postprocess(raw.view(values.shape)).to(values.dtype)
+        if self.deviations is None:
+            return exact
         return torch.where(self.within(hidden_states, values, tokens), exact, values)
 
     def within(self, hidden_states: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
