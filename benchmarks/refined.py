@@ -112,7 +112,7 @@ def main() -> None:
     p.add_argument("--data", type=Path, default=Path("../shared/data"))
     p.add_argument("--models", type=Path, default=Path("../shared/models"))
     p.add_argument("--only", choices=MODELS, help="one of the models")
-    p.add_argument("--param-reduction", type=float, nargs="+", default=[0.99, 0.98])
+    p.add_argument("--param-reduction", type=float, nargs="+", default=[0.99])
     p.add_argument("--distill-steps", type=int, default=DISTILL_STEPS)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="a twentieth of the text")

