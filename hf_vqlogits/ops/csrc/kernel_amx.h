@@ -10,7 +10,8 @@
 // Precision. A row's scores become integers of up to 32,639 = 127 * 256 + 127 steps of a scale of its
 // own, each the sum of 256 times one 8-bit integer and another, and both are multiplied exactly. A
 // logit is off by at most R * scale / 2 = R * (largest score) / 65,278, with normal scores by some
-// 1e-5 of the deviation of a row's logits.
+// 1e-5 of the deviation of a row's logits. With fitted heads, whose first scores are by
+// far the largest, it is about what tables lose (docs/kernels.md).
 #pragma once
 
 #include "kernel_avx512.h"
