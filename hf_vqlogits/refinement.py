@@ -172,7 +172,7 @@ class Refinement(nn.Module):
             )
         if not tokens.numel():
             return values
-        chosen = tokens.view(-1, tokens.shape[-1])
+        chosen = tokens.reshape(-1, tokens.shape[-1])
         hidden = hidden_states.reshape(len(chosen), hidden_states.shape[-1])
         at_once = max(1, CHUNK_BYTES // (4 * chosen.shape[1] * hidden.shape[1]))
         if len(chosen) <= at_once:  # as in decoding, where every operation counts
