@@ -13,8 +13,14 @@ def codes_of(row: Mapping[str, Any]) -> str:
     return f"G = {row['num_codebooks']:,}, K = {row['codebook_size']:,}"
 
 
-def speed() -> str:
-    """Time of the logits beside dense layers, and what no kernel could go below."""
+def speed(name: str = "speed") -> str:
+    """Time of the logits beside dense layers, and what no kernel could go below.
+
+    Args:
+        name: of the results file; the table is empty where it is not there.
+    """
+    if not is_there(name):
+        return ""
     header = (
         "V x d | rows | codes | warm | faster than float32 / bfloat16 | "
         "cold | faster than float32 / bfloat16 | by look-ups | by bytes"
@@ -31,7 +37,7 @@ def speed() -> str:
         yield _milliseconds(limits["lookups"]) if limits["lookups"] else ""
         yield _milliseconds(limits["bytes"])
 
-    return table(header, map(cells, results("speed")["rows"]))
+    return table(header, map(cells, results(name)["rows"]))
 
 
 def speed_peers() -> str:

@@ -174,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "finetuning": finetuning,
     "finetuned": finetuned,
     "speed": speed,
+    "speed amx": lambda: speed("speed_amx"),
     "speed peers": speed_peers,
     "loss": loss,
     "memory": memory,

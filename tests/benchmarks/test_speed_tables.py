@@ -31,6 +31,7 @@ def test_speed(monkeypatch, tmp_path):
         "| 50,257 x 768 | 1 | R = 500 | 0.23 ms | 45.0x / 22.2x | 0.23 ms | 45.0x / 22.2x "
         "| 0.05 ms | 0.10 ms |"
     )
+    assert speed_tables.speed("speed_amx") == ""
     assert "| G = 62, K = 256 |" in lines[3]
     assert lines[3].endswith("|  | 0.10 ms |")
     lines = speed_tables.speed_peers().splitlines()
