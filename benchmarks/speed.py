@@ -201,9 +201,7 @@ def scaling_points() -> dict[str, list[Point]]:
 def show(row: dict[str, Any]) -> None:
     """Print a row: ours beside the dense layers and its limits, then the others."""
     limits = row["limit_milliseconds"]
-    told = ", ".join(
-        f"{value:.3f} ms by {name}" for name, value in limits.items() if value is not None
-    )
+    told = ", ".join(f"{value:.3f} ms by {name}" for name, value in limits.items() if value)
     print(
         f"V {row['vocab_size']:,}, d {row['hidden_size']}, {codes_of(row)}, N {row['rows']}, "
         f"{row['threads']} threads; no kernel below {told}"

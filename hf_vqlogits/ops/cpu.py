@@ -142,7 +142,7 @@ def expand(
     Sums are taken in float32. Those paths round their tables to multiples of a scale, one for each
     row and segment of the codes; a logit is off by at most half a scale per table (derived in
     csrc/tables_kernel.h), with normal scores by about 0.1% and at most 0.5% of the deviation of a
-    row's logits. `amx` rounds the scores themselves (csrc/kernel_amx.h): a tenth of that error
+    row's logits. `amx` rounds the scores themselves (csrc/kernel_amx.h): a twentieth of that error
     where they are normal. A row with a score that is NaN or infinite becomes NaN as a whole there.
 
     Raises:

@@ -248,6 +248,16 @@ def test_half_precision_is_float32_rounded(path, code_type, dtype):
 
 
 @each_path
+def test_ties_are_rounded_to_the_even_number(path):
+    codes, scores = references.random_sign_codes(60_000, 40), references.random_scores(32, 40)
+    scores = scores.bfloat16()
+    exact = cpu.expand(scores.float(), codes, "sign", path)
+    ties = exact.view(torch.int32) & 0xFFFF == 0x8000
+    assert int(ties.sum()) >= 8
+    assert torch.equal(cpu.expand(scores, codes, "sign", path), exact.bfloat16())
+
+
+@each_path
 def test_half_precision_overflows_to_infinity(path):
     codes = ops.pack_signs(torch.tensor([[True], [False]]))
     logits = cpu.expand(torch.full((1, 1), 65504.0).half(), codes, "sign", path)

@@ -4,14 +4,14 @@
 // +-1 matrix costs less, where the processor multiplies a tile of 16 rows, 64 codebooks and 16 tokens
 // in the time of 16 look-ups: signs are written out once for all rows of a batch, from bits, and stay
 // in the core's cache. V 50,257, R = 500, 2 cores, ms beside those with tables: 1.7 and 2.4 for 32
-// rows, 3.8 and 5.5 for 64, 7.3 and 12.5 for 128. A core has one unit for such products, whatever
-// number of threads: while other processes used it, 3.3 and 3.6, 5.6 and 7.1, 11.6 and 13.9.
+// rows, 3.8 and 5.5 for 64, 7.3 and 12.5 for 128. A core has one unit for such products, whatever the
+// number of its threads: while others used it, 3.3 and 3.6, 5.6 and 7.1, 11.6 and 13.9.
 //
 // Precision. A row's scores become integers of up to 32,639 = 127 * 256 + 127 steps of a scale of its
 // own, each the sum of 256 times one 8-bit integer and another, and both are multiplied exactly. A
 // logit is off by at most R * scale / 2 = R * (largest score) / 65,278, with normal scores by some
-// 1e-5 of the deviation of a row's logits. With fitted heads, whose first scores are by
-// far the largest, it is about what tables lose (docs/kernels.md).
+// 3e-5 of the deviation of a row's logits. With fitted heads, whose first scores are by far the
+// largest, it is about what tables lose (docs/kernels.md).
 #pragma once
 
 #include "kernel_avx512.h"
@@ -33,6 +33,7 @@ constexpr int64_t kTile = kSide * kDepth;
 constexpr int64_t kChunkTiles = 8;
 constexpr int64_t kGroupBlocks = 4;  // of 16 tokens, whose signs are written out at a time
 constexpr int64_t kGroupTokens = kGroupBlocks * kSide;
+constexpr int64_t kPair = kLanes / kSide;  // blocks that are multiplied together, and `Fine` counts
 constexpr int64_t kBatchRows = 128;
 constexpr float kLargest = 127 * 256 + 127;
 
@@ -48,6 +49,9 @@ inline bool available() {
 }
 
 inline int64_t depth_tiles(const Coding& coding) { return (coding.codebooks + kDepth - 1) / kDepth; }
+inline int64_t tasks_of(const Coding& coding) {
+  return (coding.vocabulary + kTaskTokens - 1) / kTaskTokens;
+}
 
 // Rows [begin, end) of packed signs -> `blocks` blocks [block][tile of codebooks][16 words]: word r
 // holds bits 4 r to 4 r + 3 of 16 tokens, in the order of a tile's row.
@@ -207,7 +211,7 @@ VQLOGITS_AMX_TARGET inline void multiply_group(const Planes& planes, const uint6
     const int64_t count = std::min(kChunkTiles, planes.tiles - first);
     write_signs(words, blocks, planes.tiles, first, count, room);
     for (int64_t panel = 0; panel < planes.panels; panel++) {
-      for (int64_t block = 0; block < blocks; block += 2) {
+      for (int64_t block = 0; block < blocks; block += kPair) {
         multiply(planes, panel, first, count, block, room, to + block * kSide, stride);
       }
     }
@@ -230,11 +234,11 @@ VQLOGITS_AMX_TARGET inline void expand_task(const Coding& coding, const Planes& 
   }
   if (fine) {
     const int64_t begin = fine->begins[task], seconds = fine->begins[task + 1] - begin;
-    own = static_cast<const uint64_t*>(fine->tiles) + fine->blocks[task] * 2 * block_words;
+    own = static_cast<const uint64_t*>(fine->tiles) + fine->blocks[task] * kPair * block_words;
     for (int64_t i = 0; i < seconds; i += kGroupTokens) {
       const int64_t some = std::min(kGroupTokens, seconds - i);
-      multiply_group(planes, own + i / kSide * block_words, (some + 31) / 32 * 2, room, room.fine,
-                     kGroupTokens);
+      multiply_group(planes, own + i / kSide * block_words, (some + kLanes - 1) / kLanes * kPair, room,
+                     room.fine, kGroupTokens);
       for (int64_t n = 0; n < planes.rows; n++) {
         for (int64_t token = 0; token < some; token++) {
           room.logits[n * kTaskTokens + fine->ids[begin + i + token] - first] +=
@@ -259,20 +263,19 @@ void expand_batch(const Coding& coding, const float* scores, const void* tiles, 
     expand_task(coding, planes, static_cast<const uint64_t*>(tiles), fine, task, sink);
   };
   Phase prepared(planes.rows, make_planes);
-  Phase expanded((coding.vocabulary + kTaskTokens - 1) / kTaskTokens, make_logits);
+  Phase expanded(tasks_of(coding), make_logits);
   parallel_phases(threads, prepared, expanded);
 }
 
 // How many bytes tiled codes take.
 inline int64_t tile_bytes(const Coding& coding) {
-  return (coding.vocabulary + kTaskTokens - 1) / kTaskTokens * kTaskTokens * depth_tiles(coding) *
-         (kDepth / 8);
+  return tasks_of(coding) * kTaskTokens * depth_tiles(coding) * (kDepth / 8);
 }
 
 // codes as stored -> tiles [task][block][tile of codebooks][16 words].
 inline void tile(const Coding& coding, const void* codes, void* tiles, int threads) {
   const int64_t task_words = kTaskTokens * depth_tiles(coding);
-  parallel_for((coding.vocabulary + kTaskTokens - 1) / kTaskTokens, threads, [&](int64_t task) {
+  parallel_for(tasks_of(coding), threads, [&](int64_t task) {
     tile_rows(coding, static_cast<const uint8_t*>(codes), task * kTaskTokens, coding.vocabulary,
               kTaskTokens / kSide, static_cast<uint64_t*>(tiles) + task * task_words);
   });
@@ -281,10 +284,10 @@ inline void tile(const Coding& coding, const void* codes, void* tiles, int threa
 // Second codes as stored, in the order of `fine.ids` -> `tiles`.
 inline void tile_fine(const Coding& coding, const Fine& fine, const void* codes, void* tiles,
                       int threads) {
-  parallel_for((coding.vocabulary + kTaskTokens - 1) / kTaskTokens, threads, [&](int64_t task) {
+  parallel_for(tasks_of(coding), threads, [&](int64_t task) {
     const int64_t first = fine.blocks[task], blocks = fine.blocks[task + 1] - first;
     tile_rows(coding, static_cast<const uint8_t*>(codes), fine.begins[task], fine.begins[task + 1],
-              blocks * (kLanes / kSide),
+              blocks * kPair,
               static_cast<uint64_t*>(tiles) + first * kLanes * depth_tiles(coding));
   });
 }
@@ -304,16 +307,10 @@ struct Kernel {
 
   static void top(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
                   int64_t rows, int64_t k, float* values, int64_t* tokens, int threads) {
-    for (int64_t first = 0; first < rows; first += kBatchRows) {
-      const int64_t now = std::min(kBatchRows, rows - first);
-      std::deque<Top> tops;
-      for (int64_t n = 0; n < now; n++) tops.emplace_back(k);
-      expand_batch(coding, scores + first * coding.codebooks, tiles, fine, now,
-                   avx512::Offer{tops}, threads);
-      for (int64_t n = 0; n < now; n++) {
-        tops[n].take(values + (first + n) * k, tokens + (first + n) * k);
-      }
-    }
+    const auto expand = [&](int64_t first, int64_t count, const Offer& offer) {
+      expand_batch(coding, scores + first * coding.codebooks, tiles, fine, count, offer, threads);
+    };
+    keep_largest(rows, kBatchRows, k, values, tokens, expand);
   }
 };
 

@@ -182,7 +182,7 @@ VQLOGITS_TARGET inline void add_fine(const Fields<S>& fields, const Fine& fine, 
   }
 }
 
-// What becomes of the logits of a task: they are stored,
+// What becomes of the logits of a task, where they are stored (else `Offer` in top.h).
 struct Store {
   Output type;
   void* out;  // [N, V]
@@ -190,14 +190,6 @@ struct Store {
   VQLOGITS_TARGET void operator()(int64_t row, int64_t first, int64_t count,
                                   const float* logits) const {
     store(logits, count, type, out, row * vocabulary + first);
-  }
-};
-
-// or the largest of them are kept.
-struct Offer {
-  std::deque<Top>& tops;  // [N]
-  void operator()(int64_t row, int64_t first, int64_t count, const float* logits) const {
-    tops[row].offer(logits, first, count);
   }
 };
 
@@ -320,17 +312,12 @@ struct Kernel {
                   int64_t rows, int64_t k, float* values, int64_t* tokens, int threads) {
     const Fields<S> fields(coding);
     Tables tables(fields, std::min(rows, kBatchRows));
-    for (int64_t first = 0; first < rows; first += kBatchRows) {
-      const int64_t now = std::min(kBatchRows, rows - first);
-      std::deque<Top> tops;
-      for (int64_t n = 0; n < now; n++) tops.emplace_back(k);
+    const auto expand = [&](int64_t first, int64_t count, const Offer& offer) {
       expand_batch(coding, fields, nullptr,
-                   const_cast<float*>(scores) + first * coding.scores_per_row(), tiles, fine, now,
-                   Offer{tops}, threads, tables);
-      for (int64_t n = 0; n < now; n++) {
-        tops[n].take(values + (first + n) * k, tokens + (first + n) * k);
-      }
-    }
+                   const_cast<float*>(scores) + first * coding.scores_per_row(), tiles, fine, count,
+                   offer, threads, tables);
+    };
+    keep_largest(rows, kBatchRows, k, values, tokens, expand);
   }
 };
 

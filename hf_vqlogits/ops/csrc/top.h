@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <limits>
 #include <mutex>
 #include <vector>
@@ -68,5 +69,29 @@ class Top {
   std::mutex mutex_;
   std::vector<Candidate> best_;
 };
+
+// What becomes of the logits of a task, where the largest of them are kept.
+struct Offer {
+  std::deque<Top>& tops;  // [rows]
+  void operator()(int64_t row, int64_t first, int64_t count, const float* logits) const {
+    tops[row].offer(logits, first, count);
+  }
+};
+
+// The k largest logits of each row, descending -> values, tokens [rows, k]. `expand(first, count,
+// sink)` makes those of rows [first, first + count), at most `batch_rows`.
+template <typename Expand>
+void keep_largest(int64_t rows, int64_t batch_rows, int64_t k, float* values, int64_t* tokens,
+                  const Expand& expand) {
+  for (int64_t first = 0; first < rows; first += batch_rows) {
+    const int64_t count = std::min(batch_rows, rows - first);
+    std::deque<Top> tops;
+    for (int64_t n = 0; n < count; n++) tops.emplace_back(k);
+    expand(first, count, Offer{tops});
+    for (int64_t n = 0; n < count; n++) {
+      tops[n].take(values + (first + n) * k, tokens + (first + n) * k);
+    }
+  }
+}
 
 }  // namespace vqlogits
