@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cfloat>
 #include <cstring>
-#include <deque>
 #include <limits>
 #include <numeric>
 #include <vector>
