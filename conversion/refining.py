@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_vqlogits import VQLogitsConfig, VQLogitsHead
-from hf_vqlogits.refinement import Refinement, rows_of
+from hf_vqlogits.refinement import Refinement
 
 from .calibration import CalibrationStatistics
 from .comparison import Logits
@@ -99,10 +99,15 @@ class FittedRefinement:
 
     def logits(self, parts: SourceParts, head: VQLogitsHead) -> Logits:
         """Refined logits: hidden states (n, d) -> (n, V)."""
-        rows = rows_of(parts.weight)
 
         def refined(hidden: Tensor) -> Tensor:
-            return self.refinement(hidden, head(hidden), rows=rows, postprocess=head.postprocess)
+            return self.refinement(
+                hidden,
+                head(hidden),
+                weight=parts.weight,
+                logit_scale=head.logit_scale,
+                final_logit_softcapping=head.final_logit_softcapping,
+            )
 
         return refined
 

@@ -148,7 +148,7 @@ class VQLogitsMixtureHead(VQLogitsHead):
             raise ValueError(f"`k` must lie in 1..{self.out_features}, got {k}.")
         rows = hidden_states.reshape(-1, self.in_features)
         at_once = max(1, CHUNK_BYTES // (4 * self.out_features))
-        parts = [self._logits(some).float().topk(k) for some in rows.split(at_once)]
+        parts = [ops.largest(self._logits(some).float(), k) for some in rows.split(at_once)]
         shape = (*hidden_states.shape[:-1], k)
         values, tokens = (torch.cat(part).view(shape) for part in zip(*parts, strict=True))
         return values, tokens

@@ -20,7 +20,7 @@ from .head import VQLogitsHead
 from .loading import OPTIONAL_TENSORS
 from .mixture import VQLogitsMixtureHead, output_layer, split
 from .pretrained import VQLogitsPreTrainedModel
-from .refinement import Refinement, rows_of
+from .refinement import Refinement
 from .resizing import resized_codes, resized_embedding_codes, resized_vocabulary
 from .routing import router_loss
 from .tying import TiedCodesMixin
@@ -329,12 +329,16 @@ class VQLogitsForCausalLM(TiedCodesMixin, VQLogitsPreTrainedModel, VQLogitsGener
         logits = self.lm_head(hidden_states)
         if self.refinement is None or self.training:
             return logits
-        rows = None
+        weight = None
         if self.refinement.weight is None:
             embedding: Any = self.get_input_embeddings()
-            rows = rows_of(embedding.weight)
+            weight = embedding.weight
         return self.refinement(
-            hidden_states, logits, rows=rows, postprocess=self.lm_head.postprocess
+            hidden_states,
+            logits,
+            weight=weight,
+            logit_scale=self.lm_head.logit_scale,
+            final_logit_softcapping=self.lm_head.final_logit_softcapping,
         )
 
     def _loss(

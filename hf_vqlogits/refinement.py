@@ -1,26 +1,20 @@
 """Nearly exact decoding: quantised logits choose candidates, rows of the dense layer score them.
 
 Quantisation changed output vector w_v by e_v. Of random hidden states h the error of the logit has
-the deviation s_v, known since the conversion; of a state that lies far out it is as many times
-larger as that is farther,
-
-    rho(h)^2 = mean_i ((h_i - mu_i) / sigma_i)^2,
-
-mu and sigma being mean and deviation of the states of the calibration text. So a token u whose
-quantised logit q_u lies more than z rho sqrt(s_best^2 + s_u^2) below the best one is unlikely to be
-the dense layer's choice, z being fitted on text. The others are scored by their own rows of the
-dense weight: T rows at most, where the dense layer reads V.
+the deviation s_v, known since the conversion; of a state that lies far out it is larger by a factor
+rho(h), known from mean and deviation of the states of the calibration text (ops/refining.py). So a
+token u whose quantised logit q_u lies more than z rho sqrt(s_best^2 + s_u^2) below the best one is
+unlikely to be the dense layer's choice, z being fitted on text. The others are scored by their own
+rows of the dense weight: T rows at most, where the dense layer reads V.
 """
 
-from collections.abc import Callable
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-Rows = Callable[[Tensor], Tensor]
-
-CHUNK_BYTES = 64 << 20  # of rows of the dense weight that are gathered at a time
+from . import ops
 
 
 class RefinementConfig(Protocol):
@@ -51,11 +45,11 @@ class Refinement(nn.Module):
         deviations: z. Of the T tokens of the largest quantised logits, those within z deviations of
             the best are scored; None scores all of them.
         weight: parameter (V, d) without gradient, the dense weight; None where it is the input
-            embedding's, whose rows are then handed in.
+            embedding's, which is then handed in.
         bias: buffer (V,), the dense layer's, zero where it has none.
         error: buffer (V,), s, deviation of the error of every token's final logit.
-        mean: buffer (d,), mu.
-        spread: buffer (d,), sigma.
+        mean: buffer (d,), of the hidden states of the calibration text.
+        spread: buffer (d,), their deviations.
         common: buffer (d,), what the errors of all tokens have in common is common . h +
             common_bias: a constant that softmax does not see, but dense scores lack.
         common_bias: buffer (1,).
@@ -97,36 +91,40 @@ class Refinement(nn.Module):
         hidden_states: Tensor,
         logits: Tensor,
         *,
-        rows: Rows | None = None,
-        postprocess: Callable[[Tensor], Tensor] = lambda raw: raw,
+        weight: Tensor | None = None,
+        logit_scale: float = 1.0,
+        final_logit_softcapping: float | None = None,
     ) -> Tensor:
         """Logits on the dense layer's scale, those of the candidates by the dense layer itself.
 
         Args:
             hidden_states: (..., d).
-            logits: quantised ones (..., V); with gradient switched off they are changed in place.
-            rows: of the dense weight, where this module has none of its own; see [`rows_of`].
-            postprocess: from raw to final logits.
+            logits: final quantised ones (..., V); with gradient switched off they may be changed in
+                place.
+            weight: the dense one (V, d), where this module has none of its own.
+            logit_scale: factor on the dense layer's logits.
+            final_logit_softcapping: c of c tanh(z / c), on them scaled; None without.
 
         Returns:
             Logits (..., V), in the type of `logits`.
 
         Raises:
-            ValueError: there are no rows: none of its own and none handed in, or offloaded ones.
+            ValueError: there is no weight: none of its own and none handed in, or an offloaded one.
         """
-        offset = self.offset(hidden_states).to(logits.dtype)
-        shifted = logits - offset if torch.is_grad_enabled() else logits.sub_(offset)
-        values, tokens = shifted.detach().topk(self.top_k)
-        exact = self._rescore(hidden_states, values, tokens, rows, postprocess)
-        if torch.is_grad_enabled():
-            return shifted.scatter(-1, tokens, exact)
-        return shifted.scatter_(-1, tokens, exact)
+        dense = self._dense(weight, logit_scale, final_logit_softcapping)
+        refined = ops.refine(
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            logits.reshape(-1, logits.shape[-1]),
+            self.top_k,
+            dense,
+            self._offset(),
+            self._rule(),
+        )
+        return refined.view(logits.shape)
 
     def offset(self, hidden_states: Tensor) -> Tensor:
         """What all quantised logits have more than the dense ones, (..., d) -> (..., 1)."""
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)  # other sums, other digits
-        common, bias = self.common.to(wide), self.common_bias.to(wide)
-        return torch.nn.functional.linear(hidden_states.to(wide), common.unsqueeze(0), bias)
+        return ops.shift(hidden_states, self._offset())
 
     def rescore(
         self,
@@ -134,8 +132,9 @@ class Refinement(nn.Module):
         values: Tensor,
         tokens: Tensor,
         *,
-        rows: Rows | None = None,
-        postprocess: Callable[[Tensor], Tensor] = lambda raw: raw,
+        weight: Tensor | None = None,
+        logit_scale: float = 1.0,
+        final_logit_softcapping: float | None = None,
     ) -> Tensor:
         """Logits, on the dense layer's scale, of candidates that [`VQLogitsHead.topk`] found.
 
@@ -143,62 +142,66 @@ class Refinement(nn.Module):
             hidden_states: (..., d).
             values: final quantised logits (..., T), descending.
             tokens: whose they are (..., T).
-            rows: of the dense weight, where this module has none of its own; see [`rows_of`].
-            postprocess: from raw to final logits.
+            weight: as in [`forward`].
+            logit_scale: as in [`forward`].
+            final_logit_softcapping: as in [`forward`].
 
         Returns:
             Logits (..., T), no longer in order: the dense layer's, or outside of the rule the
             quantised ones.
 
         Raises:
-            ValueError: there are no rows: none of its own and none handed in, or offloaded ones.
+            ValueError: there is no weight: none of its own and none handed in, or an offloaded one.
         """
-        values = values - self.offset(hidden_states).to(values.dtype)
-        return self._rescore(hidden_states, values, tokens, rows, postprocess)
-
-    def _rescore(
-        self,
-        hidden_states: Tensor,
-        values: Tensor,
-        tokens: Tensor,
-        rows: Rows | None,
-        postprocess: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        rows = rows if self.weight is None else rows_of(self.weight)
-        if rows is None:
-            raise ValueError(
-                "This refinement has no dense weight of its own: hand in `rows` of the input "
-                "embedding's."
-            )
-        if not tokens.numel():
-            return values
-        chosen = tokens.reshape(-1, tokens.shape[-1])
-        hidden = hidden_states.reshape(len(chosen), hidden_states.shape[-1])
-        at_once = max(1, CHUNK_BYTES // (4 * chosen.shape[1] * hidden.shape[1]))
-        if len(chosen) <= at_once:  # as in decoding, where every operation counts
-            raw = _raw_logits(rows, self.bias, hidden, chosen)
-        else:
-            parts = zip(hidden.split(at_once), chosen.split(at_once), strict=True)
-            raw = torch.cat([_raw_logits(rows, self.bias, h, c) for h, c in parts])
-        exact = postprocess(raw.view(values.shape)).to(values.dtype)
-        if self.deviations is None:
-            return exact
-        return torch.where(self.within(hidden_states, values, tokens), exact, values)
+        dense = self._dense(weight, logit_scale, final_logit_softcapping)
+        shifted = values - self.offset(hidden_states).to(values.dtype)
+        exact = ops.rescore(
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            shifted.reshape(-1, shifted.shape[-1]),
+            tokens.reshape(-1, tokens.shape[-1]),
+            dense,
+            self._rule(),
+        )
+        return exact.view(values.shape)
 
     def within(self, hidden_states: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
-        """Which candidates the rule scores, bool (..., T); the arguments of [`rescore`]."""
+        """Which candidates the rule scores, bool (..., T); the arguments of [`distance`]."""
         if self.deviations is None:
             return torch.ones_like(values, dtype=torch.bool)
         return self.distance(hidden_states, values, tokens) <= self.deviations
 
     def distance(self, hidden_states: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
-        """How far candidates lie below the best one, in deviations of the errors, (..., T)."""
-        out = (hidden_states.float() - self.mean.float()) / self.spread.float()
-        rho = out.square().mean(-1, keepdim=True).sqrt()
-        error = self.error[tokens].float()
-        deviation = rho * torch.hypot(error[..., :1], error)
-        below = (values[..., :1] - values).float()
-        return below / deviation.clamp_min(torch.finfo(torch.float32).tiny)
+        """How far candidates lie below the best one, in deviations of the errors, (..., T).
+
+        Args:
+            hidden_states: (..., d).
+            values: their logits on the dense layer's scale (..., T), descending.
+            tokens: whose they are (..., T).
+        """
+        rule = ops.Rule(math.inf, self.error, self.mean, self.spread)
+        return ops.distance(hidden_states, values, tokens, rule)
+
+    def _offset(self) -> ops.Offset:
+        return ops.Offset(self.common, self.common_bias)
+
+    def _rule(self) -> ops.Rule | None:
+        if self.deviations is None:
+            return None
+        return ops.Rule(self.deviations, self.error, self.mean, self.spread)
+
+    def _dense(self, weight: Tensor | None, logit_scale: float, softcap: float | None) -> ops.Dense:
+        weight = weight if self.weight is None else self.weight
+        if weight is None:
+            raise ValueError(
+                "This refinement has no dense weight of its own: hand in `weight`, the input "
+                "embedding's."
+            )
+        if weight.is_meta:
+            raise ValueError(
+                "The dense weight that `refine_top_k` needs was offloaded, and its rows cannot be "
+                "read; give its module a device in the `device_map`, or load with `refine_top_k=0`."
+            )
+        return ops.Dense(weight, self.bias, logit_scale, softcap)
 
     @torch.no_grad()
     def follow(self, weight: Tensor, bias: Tensor, dense: Tensor, *, logit_scale: float) -> None:
@@ -234,24 +237,3 @@ class Refinement(nn.Module):
         """Sizes, for `print(model)`."""
         own = self.weight is not None
         return f"top_k={self.top_k}, deviations={self.deviations}, own_weight={own}"
-
-
-def rows_of(weight: Tensor) -> Rows:
-    """Gathers rows of a dense weight (V, d) where that lies: tokens (...) -> (..., d).
-
-    Raises:
-        ValueError: it lies nowhere (`meta`), as the weights of offloaded modules do.
-    """
-    if weight.is_meta:
-        raise ValueError(
-            "The dense weight that `refine_top_k` needs was offloaded, and its rows cannot be "
-            "read; give its module a device in the `device_map`, or load with `refine_top_k=0`."
-        )
-    return lambda tokens: weight[tokens.to(weight.device)]
-
-
-def _raw_logits(rows: Rows, bias: Tensor, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Dense logits (n, T) of tokens (n, T) after hidden states (n, d), rounded as the layer's."""
-    there = rows(tokens).to(hidden.device)
-    added = bias[tokens].to(there).unsqueeze(-1)
-    return torch.baddbmm(added, there, hidden.to(there.dtype).unsqueeze(-1)).squeeze(-1)

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_vqlogits import VQLogitsForCausalLM, VQLogitsHead
 from hf_vqlogits.embedding import VQEmbedding
-from hf_vqlogits.refinement import Refinement, rows_of
+from hf_vqlogits.refinement import Refinement
 
 D, V, T = 6, 40, 7
 OWN = {"refine_top_k": T, "num_fine_tokens": 8}
@@ -39,6 +39,9 @@ def make_refinement(*, top_k=T, deviations=None, with_embedding=False) -> Refine
     return refinement
 
 
+CAPPED = {"logit_scale": 2.0, "final_logit_softcapping": 3.0}
+
+
 def capped(raw):
     return 3 * torch.tanh(2 * raw / 3)
 
@@ -56,22 +59,18 @@ def logits():
 @pytest.mark.parametrize("shape", [(2, 5), (10,), ()])
 @pytest.mark.parametrize("deviations", [None, 0.7])
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("at_once", [1, 3, 1000])
-def test_the_best_are_scored_by_the_dense_layer(
-    hidden, logits, monkeypatch, shape, deviations, own, at_once
-):
-    monkeypatch.setattr("hf_vqlogits.refinement.CHUNK_BYTES", 4 * T * D * at_once)
+def test_the_best_are_scored_by_the_dense_layer(hidden, logits, shape, deviations, own):
     refinement = make_refinement(deviations=deviations)
     weight = refinement.weight.detach()
-    rows = None
+    handed = None
     if not own:
-        refinement.weight, rows = None, rows_of(weight)
+        refinement.weight, handed = None, weight
     hidden = hidden.view(10, D)[: math.prod(shape)].view(*shape, D)
     logits = logits.view(10, V)[: math.prod(shape)].view(*shape, V)
     given = logits.clone()
     with torch.no_grad():
-        refined = refinement(hidden, logits, rows=rows, postprocess=capped)
-    assert refined is logits  # in place
+        refined = refinement(hidden, logits, weight=handed, **CAPPED)
+    assert torch.equal(refined, logits)  # in place
     scored = 0
     for place in itertools.product(*map(range, shape)):
         h = hidden[place].double()
@@ -108,9 +107,7 @@ def test_gradients_reach_the_hidden_states_through_exact_and_quantised_logits(hi
     hidden = hidden.double().requires_grad_()
     logits = logits.double().requires_grad_()
     given = logits.detach().clone()
-    assert torch.autograd.gradcheck(
-        lambda h, z: refinement(h, z, postprocess=capped), (hidden, logits)
-    )
+    assert torch.autograd.gradcheck(lambda h, z: refinement(h, z, **CAPPED), (hidden, logits))
     refinement(hidden, logits).sum().backward()
     assert refinement.weight.grad is None
     assert torch.equal(logits, given)
@@ -149,13 +146,14 @@ def test_candidates_of_the_head_need_no_v_logits():
 
 def test_without_rows_it_says_what_to_hand_in(hidden, logits):
     refinement = make_refinement(with_embedding=True)
-    with pytest.raises(ValueError, match="no dense weight of its own: hand in `rows`"):
+    with pytest.raises(ValueError, match="no dense weight of its own: hand in `weight`"):
         refinement(hidden, logits)
 
 
-def test_rows_that_were_offloaded_are_refused():
+def test_rows_that_were_offloaded_are_refused(hidden, logits):
+    refinement = make_refinement(with_embedding=True)
     with pytest.raises(ValueError, match="was offloaded.*`device_map`.*`refine_top_k=0`"):
-        rows_of(torch.empty(V, D, device="meta"))
+        refinement(hidden, logits, weight=torch.empty(V, D, device="meta"))
 
 
 # In a model

@@ -20,13 +20,16 @@ in `triton` none of the loss: PyTorch computes them.
 
 import os
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from . import cpu, matmul, triton_backend
+from .library import load
 
 COMPILED = ("cpu", *cpu.LARGEST_CODEBOOKS, "plain")
 BACKENDS = ("auto", "eager", "matmul", *COMPILED, "triton")
 VARIABLE = "VQLOGITS_BACKEND"
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def requested() -> str:
@@ -42,6 +45,33 @@ def requested() -> str:
             f"of {', '.join(BACKENDS)}, or unset it."
         )
     return name
+
+
+def callable_directly(*tensors: Tensor) -> bool:
+    """Whether a compiled function may take tensors past PyTorch's dispatcher.
+
+    They lie on the CPU, and there is nobody who has to see the operation: no gradient, no tracing,
+    no autocast, no `torch.func`, no subclass (of FSDP, of quantisation) that does with it what it
+    must.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()
+        or torch._C._functorch.maybe_current_level() is not None
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    ):
+        return False
+    return all(type(tensor) in _PLAIN and tensor.is_cpu for tensor in tensors)
+
+
+def may_use_library() -> bool:
+    """Whether the compiled library is there, and no backend is forced that is PyTorch's own.
+
+    Raises:
+        ValueError: `VQLOGITS_BACKEND` is unknown.
+    """
+    return requested() not in ("eager", "matmul") and load() is not None
 
 
 def for_expand(scores: Tensor, codes: Tensor, code_type: str) -> str:

@@ -1,33 +1,25 @@
-"""The compiled CPU kernels: loading them, and calling them on tensors.
+"""The compiled CPU kernels, called on tensors.
 
-The library is built from `csrc/` when the package is installed, if there is a C++ compiler. Its
-paths `avx512`, `avx2` and `neon` look up 16-bit partial sums in tables that fit a register, for
+The paths `avx512`, `avx2` and `neon` look up 16-bit partial sums in tables that fit a register, for
 sign codes and index codes with K <= 32 (AVX-512) or K <= 16; `amx` multiplies sign codes, for many
 rows, as tiles of 8-bit integers; `plain` is portable C++ with tables of float32, for all codes.
-Being a plain C library it is bound to no version of PyTorch.
 """
 
 import ctypes
 import functools
-import importlib.machinery
-import logging
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .eager import FINE_FACTOR
+from .library import load
 from .precision import product_dtype
 from .tensor_cache import TensorCache
 
-logger = logging.getLogger(__name__)
-
-_INTERFACE = 7  # `kInterface` in csrc/expand.cpp
-_EXTENSION = "_expand"  # in setup.py
 OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SCORED_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of hidden states and codebook
-# `Path` there, the fastest first.
+SCORED_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # that the kernels read
+# `Path` in csrc/expand.cpp, the fastest first.
 _PATHS = {"amx": 4, "avx512": 1, "avx2": 2, "neon": 3, "plain": 0}
 # K of the paths that read tiled codes: an index must fit a field of 5 or 4 bits, for its tables to
 # fit a register. Tiles of a product stand for signs alone.
@@ -99,7 +91,7 @@ def paths() -> tuple[str, ...]:
 
     Each is the fastest from its `LEAST_ROWS` on.
     """
-    library = _load()
+    library = load()
     return () if library is None else _paths_of(library)
 
 
@@ -150,14 +142,18 @@ def expand(
         ValueError: `fine_ids` names a token twice.
         MemoryError: there is no memory for the tables.
     """
-    library = _load()
+    library = load()
     assert library is not None
     prepared = _prepare(codes, code_type, tuple(scores.shape[1:]), path)
     exact = scores.to(torch.float32).contiguous()
     rows, threads = scores.shape[0], torch.get_num_threads()
     if prepared.tiles is not None:
         fine = _fine_of(path, prepared, codes, fine_ids, fine_codes)
-        logits = torch.empty(rows, codes.shape[0], dtype=scores.dtype) if out is None else out
+        logits = (
+            torch.empty(rows, codes.shape[0], dtype=scores.dtype, device="cpu")
+            if out is None
+            else out
+        )
         failed = library.vqlogits_expand_tiles(
             _PATHS[path],
             prepared.address,
@@ -171,7 +167,7 @@ def expand(
         )
     else:
         codes = codes.contiguous()
-        logits = torch.empty(rows, codes.shape[0], dtype=torch.float32)
+        logits = torch.empty(rows, codes.shape[0], dtype=torch.float32, device="cpu")
         failed = library.vqlogits_expand_plain(
             prepared.address, exact.data_ptr(), codes.data_ptr(), rows, logits.data_ptr(), threads
         )
@@ -187,15 +183,15 @@ def expand_backward(grad: Tensor, codes: Tensor, num_codebooks: int) -> Tensor:
     is multiplied as it is where the processor has instructions for it. V 50,257, R 500, 334 rows, 2
     cores: 91 ms in float32, 56 ms in bfloat16, where pieces written by PyTorch took 97 ms.
     """
-    library = _load()
+    library = load()
     assert library is not None
     vocabulary, width = codes.shape
     codes, threads = codes.contiguous(), torch.get_num_threads()
     if grad.dtype != product_dtype(grad.device):
         grad = grad.float()
-    sums = torch.zeros(grad.shape[0], num_codebooks, dtype=torch.float32)
+    sums = torch.zeros(grad.shape[0], num_codebooks, dtype=torch.float32, device="cpu")
     step = max(1, PIECE_BYTES // (8 * width * grad.dtype.itemsize))
-    piece = torch.empty(min(step, vocabulary), 8 * width, dtype=grad.dtype)
+    piece = torch.empty(min(step, vocabulary), 8 * width, dtype=grad.dtype, device="cpu")
     for begin in range(0, vocabulary, step):
         some = codes[begin : begin + step]
         kind = OUTPUT_TYPES[grad.dtype]
@@ -219,17 +215,19 @@ def logits(
     path: str,
     fine_ids: Tensor | None = None,
     fine_codes: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Logits (N, V) of a few hidden states (N, d), by a path of `SCORING_PATHS`.
 
-    All in one of `SCORED_TYPES`. Scores are sums of products in float32; the rest is [`expand`].
+    All in one of `SCORED_TYPES`, but logits in `dtype`, of `OUTPUT_TYPES`, where that is given.
+    Scores are sums of products in float32; the rest is [`expand`].
 
     Raises:
         IndexError: as [`expand`].
         ValueError: as [`expand`].
         MemoryError: there is no memory for the tables.
     """
-    library = _load()
+    library = load()
     assert library is not None
     prepared = _prepare(codes, code_type, tuple(codebook_bias.shape), path)
     assert prepared.tiles is not None
@@ -244,7 +242,7 @@ def logits(
         scale,
         SCORED_TYPES[hidden.dtype],
     )
-    out = torch.empty(hidden.shape[0], codes.shape[0], dtype=hidden.dtype)
+    out = torch.empty(hidden.shape[0], codes.shape[0], dtype=dtype or hidden.dtype, device="cpu")
     failed = library.vqlogits_logits_tiles(
         _PATHS[path],
         prepared.address,
@@ -252,7 +250,7 @@ def logits(
         prepared.tiles.data_ptr(),
         None if fine is None else fine.address,
         hidden.shape[0],
-        OUTPUT_TYPES[hidden.dtype],
+        OUTPUT_TYPES[out.dtype],
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -261,47 +259,34 @@ def logits(
     return out
 
 
-def topk(
-    scores: Tensor,
-    k: int,
-    codes: Tensor,
-    code_type: str,
-    path: str,
-    fine_ids: Tensor | None = None,
-    fine_codes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The k largest logits (N, k) in float32, descending, and their tokens; as [`expand`].
+def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of logits (N, V) in one of `OUTPUT_TYPES`, descending, and their tokens (N, k).
 
     Of equal logits the first tokens are taken. NaN is in no order: a row that has fewer than k
     numbers ends in NaN of token 0.
 
     Raises:
-        IndexError: as [`expand`].
-        ValueError: as [`expand`].
-        MemoryError: there is no memory for the tables.
+        MemoryError: there is no memory for the candidates.
     """
-    library = _load()
+    library = load()
     assert library is not None
-    prepared = _prepare(codes, code_type, tuple(scores.shape[1:]), path)
-    assert prepared.tiles is not None
-    fine = _fine_of(path, prepared, codes, fine_ids, fine_codes)
-    exact, rows = scores.to(torch.float32).contiguous(), scores.shape[0]
-    values, tokens = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.long)
-    failed = library.vqlogits_top_tiles(
-        _PATHS[path],
-        prepared.address,
+    exact = (logits if logits.dtype in SCORED_TYPES else logits.float()).contiguous()
+    rows, vocabulary = logits.shape
+    values = torch.empty(rows, k, dtype=torch.float32, device="cpu")
+    tokens = torch.empty(rows, k, dtype=torch.long, device="cpu")
+    failed = library.vqlogits_largest(
         exact.data_ptr(),
-        prepared.tiles.data_ptr(),
-        None if fine is None else fine.address,
+        SCORED_TYPES[exact.dtype],
         rows,
+        vocabulary,
         k,
         values.data_ptr(),
         tokens.data_ptr(),
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError(f"no memory for the tables of {rows} rows of scores")
-    return values, tokens
+        raise MemoryError(f"no memory for the {k} largest logits of {rows} rows")
+    return values.to(logits.dtype), tokens
 
 
 def _prepare(codes: Tensor, code_type: str, shape: tuple[int, ...], path: str) -> _Prepared:
@@ -327,11 +312,12 @@ def _make_prepared(codes: Tensor, code_type: str, shape: tuple[int, ...], path: 
     address = ctypes.addressof(coding)
     if path == "plain":
         return _Prepared(coding, address, None)
-    library = _load()
+    library = load()
     assert library is not None
     codes = codes.contiguous()
     number, threads = _PATHS[path], torch.get_num_threads()
-    tiles = torch.empty(library.vqlogits_tile_bytes(number, address), dtype=torch.uint8)
+    size = library.vqlogits_tile_bytes(number, address)
+    tiles = torch.empty(size, dtype=torch.uint8, device="cpu")
     library.vqlogits_tile(number, address, codes.data_ptr(), tiles.data_ptr(), threads)
     return _Prepared(coding, address, tiles)
 
@@ -359,7 +345,7 @@ def _fine_of(
 def _make_prepared_fine(
     path: int, coding: int, vocabulary: int, fine_ids: Tensor, fine_codes: Tensor
 ) -> _PreparedFine:
-    library = _load()
+    library = load()
     assert library is not None
     ids, order = fine_ids.long().sort()
     if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < vocabulary:
@@ -374,7 +360,8 @@ def _make_prepared_fine(
     begins = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     blocks = torch.nn.functional.pad((-(-counts // block_tokens)).cumsum(0), (1, 0))
     token_bytes = library.vqlogits_tile_bytes(path, coding) // max(1, len(counts) * task_tokens)
-    tiles = torch.empty(int(blocks[-1]) * block_tokens * token_bytes, dtype=torch.uint8)
+    size = int(blocks[-1]) * block_tokens * token_bytes
+    tiles = torch.empty(size, dtype=torch.uint8, device="cpu")
     kept_alive = (ids.int(), begins, blocks, tiles)
     fine = _Fine(*(tensor.data_ptr() for tensor in kept_alive), FINE_FACTOR)
     address = ctypes.addressof(fine)
@@ -383,67 +370,3 @@ def _make_prepared_fine(
         path, coding, address, rows.data_ptr(), tiles.data_ptr(), torch.get_num_threads()
     )
     return _PreparedFine(fine, address, kept_alive)
-
-
-@functools.cache
-def _load() -> ctypes.CDLL | None:
-    """The compiled library; None, with one warning, where there is none that works."""
-    places = [
-        Path(__file__).with_name(_EXTENSION + suffix)
-        for suffix in importlib.machinery.EXTENSION_SUFFIXES
-    ]
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
-        reason = "it was not built"
-    else:
-        try:
-            library = ctypes.CDLL(str(found))
-            interface = library.vqlogits_interface()
-        except (OSError, AttributeError) as error:
-            reason = str(error)
-        else:
-            if interface == _INTERFACE:
-                _declare(library)
-                use_threads_of_torch(library)
-                return library
-            reason = f"it was built from other sources (interface {interface}, not {_INTERFACE})"
-    logger.warning(
-        "The compiled CPU kernel of hf_vqlogits is not used: %s. PyTorch operations take its "
-        "place, slower at few rows. Reinstall the package where there is a C++ compiler.",
-        reason,
-    )
-    return None
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    for name, result, arguments in (
-        ("has", int32, (int32,)),
-        ("use_openmp", None, (pointer,)),
-        ("tile_bytes", int64, (int32, pointer)),
-        ("task_tokens", int64, ()),
-        ("block_tokens", int64, ()),
-        ("tile", None, (int32, pointer, pointer, pointer, int32)),
-        ("tile_fine", None, (int32, pointer, pointer, pointer, pointer, int32)),
-        ("expand_tiles", int32, (int32, *[pointer] * 4, int64, int32, pointer, int32)),
-        ("logits_tiles", int32, (int32, *[pointer] * 4, int64, int32, pointer, int32)),
-        ("top_tiles", int32, (int32, *[pointer] * 4, int64, int64, pointer, pointer, int32)),
-        ("expand_plain", int32, (pointer, pointer, pointer, int64, pointer, int32)),
-        ("unpack", None, (pointer, int64, int32, pointer, int32)),
-    ):
-        function = getattr(library, f"vqlogits_{name}")
-        function.restype, function.argtypes = result, arguments
-
-
-def use_threads_of_torch(library: ctypes.CDLL) -> None:
-    """Let the kernels run on the threads that PyTorch already has (why: csrc/parallel.h)."""
-    # A symbol is looked up in a library and then in those that it was linked with: this finds the
-    # very OpenMP runtime of this PyTorch, under whatever name its package carries it.
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        try:
-            torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-            start = torch_library.GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        library.vqlogits_use_openmp(ctypes.cast(start, ctypes.c_void_p))
-        return

@@ -7,7 +7,7 @@ them.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import backends, cpu
 from .eager import scores
@@ -27,6 +27,7 @@ def logits(
     scale: float,
     fine_ids: Tensor | None = None,
     fine_codes: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Logits of hidden states: [`expand`] of their [`scores`].
 
@@ -39,22 +40,51 @@ def logits(
         scale: factor on every score.
         fine_ids: as in [`expand`].
         fine_codes: as in [`expand`].
+        dtype: of the logits; default that of `hidden`.
 
     Returns:
         (N, V). In one call, scores of bfloat16 are not rounded before they are summed.
     """
     path = _path(hidden, codebook, codebook_bias, codes, code_type)
-    if path is not None:
-        return cpu.logits(
-            hidden, codebook, codebook_bias, codes, code_type, scale, path, fine_ids, fine_codes
-        )
+    # What does not go together, the other way refuses.
+    if path is not None and _go_together(
+        hidden, codebook, codebook_bias, codes, code_type, fine_ids, fine_codes
+    ):
+        own = (hidden, codebook, codebook_bias, codes, code_type, scale, path)
+        return cpu.logits(*own, fine_ids, fine_codes, dtype)
+    made = scores(hidden, codebook, codebook_bias, scale=scale)
     return expand(
-        scores(hidden, codebook, codebook_bias, scale=scale),
+        made if dtype is None else made.to(dtype),
         codes,
         code_type=code_type,
         fine_ids=fine_ids,
         fine_codes=fine_codes,
     )
+
+
+def _go_together(
+    hidden: Tensor,
+    codebook: Tensor,
+    codebook_bias: Tensor,
+    codes: Tensor,
+    code_type: str,
+    fine_ids: Tensor | None,
+    fine_codes: Tensor | None,
+) -> bool:
+    """Whether no tensor is shorter than the others say, or of another type."""
+    shape, sign = codebook_bias.shape, code_type == "sign"
+    width = (shape[0] + 7) // 8 if sign else shape[0]
+    if (
+        codebook.shape != (*shape, hidden.shape[1])
+        or len(shape) != (1 if sign else 2)
+        or codes.dim() != 2
+        or codes.shape[1] != width
+        or (codes.dtype is not torch.uint8 and (sign or codes.dtype is not torch.int32))
+    ):
+        return False
+    if fine_ids is None or fine_codes is None:
+        return fine_ids is fine_codes
+    return sign and fine_codes.dtype is torch.uint8 and fine_codes.shape == (len(fine_ids), width)
 
 
 def _path(
@@ -63,15 +93,10 @@ def _path(
     """The path of the kernel that can and may do it in one call, or None."""
     floats = (hidden, codebook, codebook_bias)
     if (
-        torch.compiler.is_compiling()
+        not backends.callable_directly(*floats, codes)
         or not 0 < len(hidden) <= LARGEST_ROWS
         or hidden.dtype not in cpu.SCORED_TYPES
-        or any(t.dtype != hidden.dtype or t.device.type != "cpu" for t in floats)
-        # Subclasses (of FSDP, of quantisation, of tracing) do with an operation what they must.
-        or any(type(t) not in (Tensor, nn.Parameter) for t in (*floats, codes))
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in floats))
-        or torch.is_autocast_enabled("cpu")
-        or torch.jit.is_tracing()
+        or any(t.dtype != hidden.dtype for t in floats)
     ):
         return None
     requested = backends.requested()

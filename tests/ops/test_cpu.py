@@ -1,15 +1,15 @@
 import copy
-import importlib.machinery
-import logging
+import re
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import references
 import torch
 
 from hf_vqlogits import ops
-from hf_vqlogits.ops import backends, cpu
+from hf_vqlogits.ops import backends, cpu, library
 
 PATHS = cpu.paths()
 
@@ -330,16 +330,39 @@ def test_threads_do_not_change_the_result(path):
     scores = references.random_scores(5, 300)
     torch.set_num_threads(1)
     want = cpu.expand(scores, codes, "sign", path)
-    library = cpu._load()
+    loaded = library.load()
     try:
         for own_threads in (False, True):
             for threads in (2, 3, 8):
                 torch.set_num_threads(threads)
                 if own_threads:
-                    library.vqlogits_use_openmp(None)
+                    loaded.vqlogits_use_openmp(None)
                 assert torch.equal(cpu.expand(scores, codes, "sign", path), want)
     finally:
-        cpu.use_threads_of_torch(library)
+        library.use_threads_of_torch(loaded)
+
+
+def flags_of_memory(address):
+    """What the system has been told about the memory at an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("there is no memory at this address")
+
+
+@each_path
+def test_outputs_of_many_pages(path):
+    codes, scores = references.random_sign_codes(9001, 60), references.random_scores(1000, 60)
+    logits = cpu.expand(scores, codes, "sign", path)
+    assert logits.nbytes > 32 << 20  # from which on large pages are asked for
+    if sys.platform == "linux" and path != "plain":
+        assert "hg" in flags_of_memory(logits.data_ptr() + logits.nbytes // 2)
+    some = slice(None, None, 37)
+    error = (logits[some].double() - references.logits(scores[some], codes, "sign")).abs()
+    assert bool((error <= error_bound(scores[some], "sign", path)).all())
 
 
 @each_path
@@ -403,52 +426,3 @@ def test_an_index_out_of_range_is_refused(path, wrong):
     codes[9, 1] = wrong
     with pytest.raises(IndexError, match=f"`codes` holds {wrong}, but .* run from 0 to 2"):
         cpu.expand(references.random_scores(1, 2, 3), codes, "index", path)
-
-
-@pytest.fixture
-def no_library(monkeypatch):
-    cpu._load.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    cpu._load.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("attribute", "value", "reason"),
-    [
-        ("_EXTENSION", "_missing", "it was not built"),
-        ("_INTERFACE", 0, "it was built from other sources"),
-    ],
-)
-def test_without_the_library_pytorch_takes_its_place(attribute, value, reason, no_library, caplog):
-    no_library.setattr(cpu, attribute, value)
-    codes, scores = codes_and_scores("sign")
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            got = ops.expand(scores, codes, code_type="sign")
-    assert [record.getMessage().count(reason) for record in caplog.records] == [1]
-    want = references.logits(scores, codes, "sign")
-    torch.testing.assert_close(got, want.float(), atol=1e-4, rtol=1e-5)
-
-
-def test_a_library_that_cannot_be_loaded_is_left(no_library, caplog, tmp_path):
-    (tmp_path / f"_expand{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_text("no library")
-    no_library.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
-    with caplog.at_level(logging.WARNING):
-        assert cpu.paths() == ()
-    assert "is not used: " in caplog.text
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux" or not torch.backends.openmp.is_available(),
-    reason="PyTorch without GNU OpenMP's interface",
-)
-def test_the_kernels_run_on_the_threads_of_torch():
-    found = []
-
-    class Library:
-        vqlogits_use_openmp = staticmethod(found.append)
-
-    cpu.use_threads_of_torch(Library)
-    assert len(found) == 1
-    assert found[0].value

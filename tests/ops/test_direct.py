@@ -195,3 +195,38 @@ def test_impossible_codes_are_refused():
     given["codes"][3, 1] = 3
     with pytest.raises(IndexError, match="`codes` holds 3, but the scores have 3 codewords"):
         ops.logits(**given)
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codes": lambda codes: codes[:, :5]},
+        {"codes": lambda codes: codes.long()},
+        {"codes": lambda codes: codes.flatten()},
+        {"fine_codes": lambda codes: codes[:, :5]},
+        {"fine_codes": lambda codes: codes[:-1]},
+        {"fine_codes": lambda codes: codes.int()},
+        {"fine_codes": lambda codes: None},
+        {"codebook": lambda words: words[:, :-1]},
+        {"codebook": lambda words: words[:-1]},
+        {"codebook_bias": lambda bias: bias[:-1]},
+    ],
+)
+def test_what_does_not_go_together_is_refused(change, rows, calls):
+    given = problem(rows=rows)
+    ((name, edit),) = change.items()
+    given[name] = edit(given[name])
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        ops.logits(**given)
+    assert not calls
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_logits_in_another_type(rows, calls):
+    given = problem(rows=rows, dtype=torch.bfloat16)
+    got = ops.logits(**given, dtype=torch.float32)
+    assert got.dtype == torch.float32
+    assert bool((got != got.bfloat16()).any())
+    torch.testing.assert_close(got.bfloat16(), ops.logits(**given), atol=1e-1, rtol=2e-2)
+    assert len(calls) == (2 if rows == 1 else 0)

@@ -49,60 +49,144 @@ def test_as_the_largest_of_all_logits(backend, rows, vocabulary, k, second, monk
     assert not values.requires_grad
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "plain"])
-class TestKernel:
-    @settings(deadline=None, max_examples=25)
-    @given(vocabulary=st.integers(1, 2000), share=st.floats(0, 1), seed=st.integers(0, 99))
-    def test_exactly_the_largest_and_the_first_of_equal_ones(self, path, vocabulary, share, seed):
-        k = 1 + int(share * (vocabulary - 1))
-        codes = references.random_sign_codes(vocabulary, 5, seed=seed)  # many tokens are equal
-        scores = references.random_scores(3, 5, seed=seed)
-        logits = cpu.expand(scores, codes, "sign", path)
-        values, tokens = cpu.topk(scores, k, codes, "sign", path)
-        order = logits.sort(descending=True, stable=True)
-        assert torch.equal(values, order.values[:, :k])
-        assert torch.equal(tokens, order.indices[:, :k])
+def by_sorting(logits, k):
+    """The k largest, of equal ones the first, and NaN of token 0 where numbers are missing."""
+    order = logits.float().nan_to_num(nan=-float("inf"), posinf=float("inf"), neginf=-1e38)
+    found = order.sort(dim=-1, descending=True, stable=True)
+    numbers = found.values[..., :k] > -float("inf")
+    tokens = torch.where(numbers, found.indices[..., :k], 0)
+    values = torch.where(numbers, logits.gather(-1, tokens), float("nan")).to(logits.dtype)
+    return values, tokens
 
-    def test_threads_do_not_change_the_result(self, path):
-        codes = references.random_sign_codes(9001, 30)
-        scores = references.random_scores(5, 30)
+
+def equal(found, wanted):
+    return torch.equal(found[0].nan_to_num(nan=7e7), wanted[0].nan_to_num(nan=7e7)) and torch.equal(
+        found[1], wanted[1]
+    )
+
+
+@pytest.mark.skipif(not PATHS, reason="the compiled library was not built")
+class TestCompiled:
+    @settings(deadline=None, max_examples=60)
+    @given(
+        vocabulary=st.integers(1, 3000),
+        share=st.floats(0, 1),
+        seed=st.integers(0, 99),
+        levels=st.sampled_from([1, 3, 50, 10**6]),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        missing=st.sampled_from([0.0, 0.3, 1.0]),
+    )
+    def test_exactly_the_largest_and_the_first_of_equal_ones(
+        self, vocabulary, share, seed, levels, dtype, missing
+    ):
+        k = 1 + int(share * (vocabulary - 1))
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randint(levels, (3, vocabulary), generator=generator).div(levels)
+        nan = torch.rand(3, vocabulary, generator=generator) < missing
+        nan[0] = False
+        logits = (logits - 0.4).masked_fill(nan, float("nan")).to(dtype)
+        assert equal(cpu.largest(logits, k), by_sorting(logits, k))
+
+    @pytest.mark.parametrize("k", [1, 2, 64, 65, 700, 701])
+    def test_infinite_logits_are_in_the_order(self, k):
+        logits = torch.randn(2, 701, generator=torch.Generator().manual_seed(0))
+        logits[:, 5::7] = -float("inf")
+        logits[1, 600] = float("inf")
+        assert equal(cpu.largest(logits, k), by_sorting(logits, k))
+
+    def test_threads_do_not_change_the_result(self):
+        logits = torch.randn(5, 9001, generator=torch.Generator().manual_seed(0)).bfloat16()
         threads, found = torch.get_num_threads(), []
         try:
             for count in (1, 2, 5):
                 torch.set_num_threads(count)
-                found.append(cpu.topk(scores, 100, codes, "sign", path))
+                found.append(cpu.largest(logits, 100))
         finally:
             torch.set_num_threads(threads)
-        for values, tokens in found[1:]:
-            assert torch.equal(values, found[0][0])
-            assert torch.equal(tokens, found[0][1])
+        assert equal(found[1], found[0])
+        assert equal(found[2], found[0])
 
-    def test_equal_logits_whichever_thread_is_first(self, path):
-        codes = torch.zeros(60_000, 1, dtype=torch.uint8)
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(4)
-            for _ in range(40):
-                _, tokens = cpu.topk(torch.ones(2, 1), 300, codes, "sign", path)
-                assert torch.equal(tokens, torch.arange(300).expand(2, -1))
-        finally:
-            torch.set_num_threads(threads)
 
-    def test_second_codes_count(self, path):
-        codes, scores = references.random_sign_codes(600, 40), references.random_scores(4, 40)
-        fine = (torch.arange(0, 600, 9).int(), references.random_sign_codes(67, 40, seed=8))
-        logits = cpu.expand(scores, codes, "sign", path, *fine)
-        values, tokens = cpu.topk(scores, 7, codes, "sign", path, *fine)
-        assert torch.equal(values, logits.topk(7).values)
-        assert torch.equal(values, logits.gather(1, tokens))
+@each_backend
+@pytest.mark.parametrize("shape", [(700,), (2, 3, 700), (0, 700)])
+def test_any_leading_dimensions_and_strides(backend, shape, monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, backend)
+    logits = torch.randn(*shape, 2, generator=torch.Generator().manual_seed(0))[..., 0]
+    values, tokens = ops.largest(logits.requires_grad_(), 9)
+    assert torch.equal(values, logits.topk(9).values)
+    assert torch.equal(values, logits.gather(-1, tokens))
+    assert not values.requires_grad
 
-    def test_a_row_that_is_not_finite(self, path):
-        codes, scores = references.random_sign_codes(600, 40), references.random_scores(3, 40)
-        scores[1, 3] = float("inf")
-        values, tokens = cpu.topk(scores, 4, codes, "sign", path)
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_type_does_not_matter(default):
+    logits = torch.randn(3, 700)
+    try:
+        torch.set_default_dtype(default)
+        values, _ = ops.largest(logits, 9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(values, logits.topk(9).values)
+
+
+def test_the_default_device_does_not_matter():
+    given = problem(2, 700)
+    hidden = given.pop("hidden")
+    wanted = ops.topk(hidden, 9, **given)
+    with torch.device("meta"):
+        found = ops.topk(hidden, 9, **given)
+    assert equal(found, wanted)
+
+
+def test_other_types_are_left_to_pytorch():
+    logits = torch.randn(3, 700, dtype=torch.float64)
+    assert torch.equal(ops.largest(logits, 9)[0], logits.topk(9).values)
+
+
+def test_compiled_without_a_break():
+    logits = torch.randn(3, 700)
+    largest = torch.compile(ops.largest, fullgraph=True, backend="aot_eager")
+    assert torch.equal(largest(logits, 9)[0], logits.topk(9).values)
+    torch.library.opcheck(torch.ops.vqlogits.largest.default, (logits, 9))
+
+
+@each_backend
+def test_second_codes_count(backend, monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, backend)
+    given = problem(3, 600, second=67)
+    hidden = given.pop("hidden")
+    values, tokens = ops.topk(hidden, 7, **given)
+    scores = ops.scores(
+        hidden, given["codebook"], given["codebook_bias"], scale=given["scale"]
+    ).double()
+    fine = {name: given[name] for name in ("fine_ids", "fine_codes")}
+    wanted = references.logits(scores, given["codes"], "sign", **fine)
+    torch.testing.assert_close(values.double(), wanted.topk(7).values, atol=1e-2, rtol=0)
+    torch.testing.assert_close(values.double(), wanted.gather(1, tokens), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [2, 30])
+def test_logits_of_half_precision_are_not_rounded(dtype, rows):
+    given = problem(rows, 700)
+    for name in ("hidden", "codebook", "codebook_bias"):
+        given[name] = given[name].to(dtype)
+    hidden = given.pop("hidden")
+    values, _ = ops.topk(hidden, 700, **given)
+    assert values.dtype == torch.float32
+    assert bool((values != values.to(dtype)).any())
+    assert bool((values.diff(dim=1) <= 0).all())
+
+
+def test_a_row_that_is_not_finite():
+    given = problem(3, 600)
+    hidden = given.pop("hidden")
+    hidden[1, 3] = float("inf")
+    values, tokens = ops.topk(hidden, 4, **given)
+    if PATHS:
         assert bool(values[1].isnan().all())
         assert tokens[1].tolist() == [0, 0, 0, 0]
-        assert bool(values[[0, 2]].isfinite().all())
+    assert bool(values[[0, 2]].isfinite().all())
 
 
 @pytest.mark.parametrize("k", [0, 11, -1])
@@ -111,3 +195,6 @@ def test_a_number_that_cannot_be(k):
     hidden = given.pop("hidden")
     with pytest.raises(ValueError, match=rf"`k` must be in 1\.\.10, the vocabulary, got {k}"):
         ops.topk(hidden, k, **given)
+    for largest in (ops.largest, torch.ops.vqlogits.largest.default):
+        with pytest.raises(ValueError, match=rf"1\.\.10, the vocabulary, got {k}"):
+            largest(torch.randn(2, 10), k)

@@ -1,8 +1,9 @@
-// The compiled kernels behind ops/cpu.py: a plain C interface, loaded by ctypes, without Python or
-// torch headers.
+// The compiled kernels behind ops/cpu.py and ops/cpu_refining.py: a plain C interface, loaded by
+// ctypes (ops/library.py), without Python or torch headers.
 //
-// Functions return 0, or kNoMemory when a table could not be allocated; nothing is thrown across
-// the interface.
+// Functions return 0, or kNoMemory when tables or candidates could not be allocated; nothing is
+// thrown across the interface.
+#include <algorithm>
 #include <cstdint>
 #include <new>
 
@@ -10,21 +11,31 @@
 #include "kernel_amx.h"
 #include "kernel_avx512.h"
 #include "kernel_bytes.h"
+#include "largest.h"
 #include "layout.h"
+#include "numbers.h"
+#include "pages.h"
 #include "parallel.h"
+#include "refine.h"
 #include "signs.h"
 #include "tables_plain.h"
-#include "top.h"
 
+#if VQLOGITS_X86
+#include <cpuid.h>
+#endif
+
+using vqlogits::BFloat16;
 using vqlogits::Coding;
 using vqlogits::Fine;
 using vqlogits::Output;
+using vqlogits::Refining;
+using vqlogits::Rule;
 using vqlogits::Scoring;
 
 namespace {
 
-// `_INTERFACE` in ops/cpu.py; to be raised with every change of the functions below.
-constexpr int32_t kInterface = 7;
+// `_INTERFACE` in ops/library.py; to be raised with every change of the functions below.
+constexpr int32_t kInterface = 8;
 constexpr int32_t kNoMemory = -1;
 
 // `_PATHS` in ops/cpu.py.
@@ -32,12 +43,17 @@ enum Path : int32_t { kPlain = 0, kAvx512 = 1, kAvx2 = 2, kNeon = 3, kAmx = 4 };
 
 // Below this many look-ups a loop is over before other threads have woken up.
 constexpr int64_t kLookupsPerThread = 1 << 17;
+// Likewise of logits among which the largest are sought.
+constexpr int64_t kLogitsPerThread = 1 << 14;
+
+int useful_threads(int64_t work, int64_t of_a_thread, int threads) {
+  return static_cast<int>(std::min<int64_t>(1 + work / of_a_thread, threads));
+}
 
 int useful_threads(const Coding& coding, int64_t rows, int threads) {
   const int64_t lookups =
       rows * coding.vocabulary * ((coding.codes_per_token() * (coding.sign ? 8 : 1) + 4) / 5);
-  const int64_t useful = 1 + lookups / kLookupsPerThread;
-  return static_cast<int>(useful < threads ? useful : threads);
+  return useful_threads(lookups, kLookupsPerThread, threads);
 }
 
 // `function` of the shape of a path's look-ups.
@@ -78,6 +94,14 @@ int32_t with_kernel(int32_t path, const Function& function) {
   return with_tables(path, function);
 }
 
+#if VQLOGITS_X86
+// By the processor's own word: Clang 14 does not know this name of a feature.
+bool has_f16c() {
+  unsigned eax, ebx, ecx = 0, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & 1u << 29);
+}
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -93,8 +117,7 @@ int32_t vqlogits_has(int32_t path) {
     case kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
     case kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #elif VQLOGITS_BYTES
     case kNeon:
       return 1;
@@ -158,6 +181,7 @@ void vqlogits_tile_fine(int32_t path, const Coding* coding, const Fine* fine, co
 int32_t vqlogits_expand_tiles(int32_t path, const Coding* coding, const float* scores,
                               const void* tiles, const Fine* fine, int64_t rows, int32_t type,
                               void* out, int32_t threads) {
+  vqlogits::want_large_pages(out, rows * coding->vocabulary * (type == 0 ? 4 : 2));
   return with_kernel(path, [&](auto kernel) {
     kernel.expand(*coding, scores, tiles, fine, rows, static_cast<Output>(type), out,
                   useful_threads(*coding, rows, threads));
@@ -174,14 +198,47 @@ int32_t vqlogits_logits_tiles(int32_t path, const Coding* coding, const Scoring*
   });
 }
 
-// scores float32 [rows, ...] -> values and tokens [rows, k], the k largest logits of each row.
-int32_t vqlogits_top_tiles(int32_t path, const Coding* coding, const float* scores,
-                           const void* tiles, const Fine* fine, int64_t rows, int64_t k,
-                           float* values, int64_t* tokens, int32_t threads) {
-  return with_kernel(path, [&](auto kernel) {
-    kernel.top(*coding, scores, tiles, fine, rows, k, values, tokens,
-               useful_threads(*coding, rows, threads));
-  });
+// logits [rows, V], type 0 float32, 1 bfloat16 -> values and tokens [rows, k], the k largest of each
+// row.
+int32_t vqlogits_largest(const void* logits, int32_t type, int64_t rows, int64_t vocabulary,
+                         int64_t k, float* values, int64_t* tokens, int32_t threads) {
+  threads = useful_threads(rows * vocabulary, kLogitsPerThread, threads);
+  try {
+    if (type == 0) {
+      vqlogits::largest(static_cast<const float*>(logits), rows, vocabulary, k, values, tokens,
+                        threads);
+    } else {
+      vqlogits::largest(static_cast<const BFloat16*>(logits), rows, vocabulary, k, values, tokens,
+                        threads);
+    }
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+  return 0;
+}
+
+// logits [N, V] in place, type 0 float32, 1 bfloat16; `half`: the dense weight is bfloat16, else
+// float32. `rule` may be null.
+int32_t vqlogits_refine(const Refining* given, const Rule* rule, int32_t half, int32_t type,
+                        void* logits, int32_t threads) {
+  threads = useful_threads(given->rows * given->vocabulary, kLogitsPerThread, threads);
+  const auto with_weight = [&](auto* typed) {
+    if (half) {
+      vqlogits::refine<BFloat16>(*given, rule, typed, threads);
+    } else {
+      vqlogits::refine<float>(*given, rule, typed, threads);
+    }
+  };
+  try {
+    if (type == 0) {
+      with_weight(static_cast<float*>(logits));
+    } else {
+      with_weight(static_cast<BFloat16*>(logits));
+    }
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+  return 0;
 }
 
 // scores float32 [rows, ...], codes as stored -> out float32 [rows, V].

@@ -219,10 +219,9 @@ VQLOGITS_AMX_TARGET inline void multiply_group(const Planes& planes, const uint6
 }
 
 // Logits of all rows for the tokens of one task.
-template <typename Sink>
 VQLOGITS_AMX_TARGET inline void expand_task(const Coding& coding, const Planes& planes,
                                             const uint64_t* words, const Fine* fine, int64_t task,
-                                            const Sink& sink) {
+                                            const avx512::Store& store) {
   Room& room = room_of_thread;
   configure(planes.panel_rows);
   const int64_t first = task * kTaskTokens, block_words = planes.tiles * kSide;
@@ -248,19 +247,18 @@ VQLOGITS_AMX_TARGET inline void expand_task(const Coding& coding, const Planes& 
     }
   }
   _tile_release();
-  for (int64_t n = 0; n < planes.rows; n++) sink(n, first, count, room.logits + n * kTaskTokens);
+  for (int64_t n = 0; n < planes.rows; n++) store(n, first, count, room.logits + n * kTaskTokens);
 }
 
 // Logits of up to kBatchRows rows.
-template <typename Sink>
-void expand_batch(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
-                  int64_t rows, const Sink& sink, int threads) {
+inline void expand_batch(const Coding& coding, const float* scores, const void* tiles,
+                         const Fine* fine, int64_t rows, const avx512::Store& store, int threads) {
   Planes planes(coding, rows);
   const auto make_planes = [&](int64_t row) {
     planes.set(coding, row, scores + row * coding.codebooks);
   };
   const auto make_logits = [&](int64_t task) {
-    expand_task(coding, planes, static_cast<const uint64_t*>(tiles), fine, task, sink);
+    expand_task(coding, planes, static_cast<const uint64_t*>(tiles), fine, task, store);
   };
   Phase prepared(planes.rows, make_planes);
   Phase expanded(tasks_of(coding), make_logits);
@@ -298,19 +296,11 @@ struct Kernel {
                      int64_t rows, Output type, void* out, int threads) {
     const int64_t row_bytes = coding.vocabulary * (type == Output::kFloat32 ? 4 : 2);
     for (int64_t first = 0; first < rows; first += kBatchRows) {
-      const avx512::Store sink{type, static_cast<char*>(out) + first * row_bytes,
+      const avx512::Store store{type, static_cast<char*>(out) + first * row_bytes,
                                coding.vocabulary};
       expand_batch(coding, scores + first * coding.codebooks, tiles, fine,
-                   std::min(kBatchRows, rows - first), sink, threads);
+                   std::min(kBatchRows, rows - first), store, threads);
     }
-  }
-
-  static void top(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
-                  int64_t rows, int64_t k, float* values, int64_t* tokens, int threads) {
-    const auto expand = [&](int64_t first, int64_t count, const Offer& offer) {
-      expand_batch(coding, scores + first * coding.codebooks, tiles, fine, count, offer, threads);
-    };
-    keep_largest(rows, kBatchRows, k, values, tokens, expand);
   }
 };
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "layout.h"
-#include "top.h"
+#include "numbers.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define VQLOGITS_X86 1

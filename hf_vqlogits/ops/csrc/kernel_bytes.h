@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "layout.h"
-#include "top.h"
+#include "numbers.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>

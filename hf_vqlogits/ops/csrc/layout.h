@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "coding.h"
 #include "parallel.h"
@@ -152,18 +151,5 @@ struct Scoring {
   float scale;
   int32_t half;  // codebook and bias are 1: bfloat16, 0: float32
 };
-
-struct BFloat16 {
-  uint16_t bits;
-};
-inline float to_float(float value) { return value; }
-inline float to_float(BFloat16 value) {
-  const uint32_t bits = uint32_t{value.bits} << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-enum class Output : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 }  // namespace vqlogits

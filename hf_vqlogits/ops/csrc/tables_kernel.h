@@ -182,7 +182,7 @@ VQLOGITS_TARGET inline void add_fine(const Fields<S>& fields, const Fine& fine, 
   }
 }
 
-// What becomes of the logits of a task, where they are stored (else `Offer` in top.h).
+// What becomes of the logits of a task.
 struct Store {
   Output type;
   void* out;  // [N, V]
@@ -194,10 +194,10 @@ struct Store {
 };
 
 // Logits of ROWS rows, the first of them `row`, for the tokens of one task.
-template <int ROWS, int BLOCKS, typename Sink>
+template <int ROWS, int BLOCKS>
 VQLOGITS_TARGET inline void expand_task(const Coding& coding, const Fields<S>& fields,
                                         const S::Word* tiles, const Fine* fine, const Tables& tables,
-                                        int64_t row, int64_t task, const Sink& sink) {
+                                        int64_t row, int64_t task, const Store& store) {
   alignas(64) float partial[ROWS * kTaskTokens];
   for (int n = 0; n < ROWS; n++) {
     const float* offsets = tables.offsets.data() + (row + n) * fields.segments;
@@ -210,20 +210,7 @@ VQLOGITS_TARGET inline void expand_task(const Coding& coding, const Fields<S>& f
   add_blocks<ROWS, BLOCKS>(fields, tiles + first * fields.words, kBlocks, used, tables, row,
                            partial);
   if (fine) add_fine<ROWS>(fields, *fine, tables, row, task, partial);
-  for (int n = 0; n < ROWS; n++) sink(row + n, first, count, partial + n * kTaskTokens);
-}
-
-// A dot product, in 16 sums.
-template <typename T>
-VQLOGITS_TARGET inline float dot(const float* a, const T* b, int64_t size) {
-  float sums[16] = {}, sum = 0.0f;
-  int64_t i = 0;
-  for (; i + 16 <= size; i += 16) {
-    for (int lane = 0; lane < 16; lane++) sums[lane] += a[i + lane] * to_float(b[i + lane]);
-  }
-  for (int lane = 0; lane < 16; lane++) sum += sums[lane];
-  for (; i < size; i++) sum += a[i] * to_float(b[i]);
-  return sum;
+  for (int n = 0; n < ROWS; n++) store(row + n, first, count, partial + n * kTaskTokens);
 }
 
 // Scores [begin, end) of all rows.
@@ -242,10 +229,9 @@ VQLOGITS_TARGET inline void score(const Scoring& scoring, int64_t rows, int64_t 
 }
 
 // Logits of up to kBatchRows rows. With a scoring their scores are made first, else they are given.
-template <typename Sink>
-void expand_batch(const Coding& coding, const Fields<S>& fields, const Scoring* scoring,
-                  float* scores, const void* tiles, const Fine* fine, int64_t rows,
-                  const Sink& sink, int threads, Tables& tables) {
+inline void expand_batch(const Coding& coding, const Fields<S>& fields, const Scoring* scoring,
+                         float* scores, const void* tiles, const Fine* fine, int64_t rows,
+                         const Store& store, int threads, Tables& tables) {
   const auto* words = static_cast<const S::Word*>(tiles);
   const int64_t per_row = coding.scores_per_row();
   const auto make_scores = [&](int64_t task) {
@@ -264,15 +250,15 @@ void expand_batch(const Coding& coding, const Fields<S>& fields, const Scoring* 
   const auto make_logits = [&](int64_t task) {
     int64_t row = 0;
     for (; row + kRows <= rows; row += kRows) {
-      expand_task<kRows, 1>(coding, fields, words, fine, tables, row, task, sink);
+      expand_task<kRows, 1>(coding, fields, words, fine, tables, row, task, store);
     }
     if constexpr (kRows > 2) {
       for (; row + 2 <= rows; row += 2) {
-        expand_task<2, kPairBlocks>(coding, fields, words, fine, tables, row, task, sink);
+        expand_task<2, kPairBlocks>(coding, fields, words, fine, tables, row, task, store);
       }
     }
     for (; row < rows; row++) {
-      expand_task<1, kSingleBlocks>(coding, fields, words, fine, tables, row, task, sink);
+      expand_task<1, kSingleBlocks>(coding, fields, words, fine, tables, row, task, store);
     }
   };
   Phase scored(scoring ? (per_row + kScoresOfTask - 1) / kScoresOfTask : 0, make_scores);
@@ -290,10 +276,10 @@ struct Kernel {
     const int64_t row_bytes = coding.vocabulary * (type == Output::kFloat32 ? 4 : 2);
     Tables tables(fields, std::min(rows, kBatchRows));
     for (int64_t first = 0; first < rows; first += kBatchRows) {
-      const Store sink{type, static_cast<char*>(out) + first * row_bytes, coding.vocabulary};
+      const Store store{type, static_cast<char*>(out) + first * row_bytes, coding.vocabulary};
       expand_batch(coding, fields, nullptr,
                    const_cast<float*>(scores) + first * coding.scores_per_row(), tiles, fine,
-                   std::min(kBatchRows, rows - first), sink, threads, tables);
+                   std::min(kBatchRows, rows - first), store, threads, tables);
     }
   }
 
@@ -303,21 +289,8 @@ struct Kernel {
     const Fields<S> fields(coding);
     Tables tables(fields, rows);
     std::vector<float> scores(rows * coding.scores_per_row());
-    const Store sink{type, out, coding.vocabulary};
-    expand_batch(coding, fields, &scoring, scores.data(), tiles, fine, rows, sink, threads, tables);
-  }
-
-  // scores [N, ...] float32 -> the k largest logits of each row, descending: values, tokens [N, k].
-  static void top(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
-                  int64_t rows, int64_t k, float* values, int64_t* tokens, int threads) {
-    const Fields<S> fields(coding);
-    Tables tables(fields, std::min(rows, kBatchRows));
-    const auto expand = [&](int64_t first, int64_t count, const Offer& offer) {
-      expand_batch(coding, fields, nullptr,
-                   const_cast<float*>(scores) + first * coding.scores_per_row(), tiles, fine, count,
-                   offer, threads, tables);
-    };
-    keep_largest(rows, kBatchRows, k, values, tokens, expand);
+    const Store store{type, out, coding.vocabulary};
+    expand_batch(coding, fields, &scoring, scores.data(), tiles, fine, rows, store, threads, tables);
   }
 };
 
