@@ -5,31 +5,38 @@
 For several T (`refine_top_k`) and rules (`refine_agreement`): how often the most likely token is
 the dense layer's on text kept out of the fit, how many tokens a position are scored again, at how
 many positions a bound on any error makes the token certain, and the time of one row's logits beside
-the dense layers, in turns in one run. The heads are fitted by the project's protocol, but for the
+the dense layers, in turns in one run, with what each reads in the caches (`warm`) and after 512 MB
+of other memory was read (`cold`). The heads are fitted by the project's protocol, but for the
 text that the rule is fitted to, and distilled as by default.
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from hf_vqlogits.conversion.comparison import Logits
 from hf_vqlogits.conversion.held_out import keep_out
 from hf_vqlogits.conversion.options import DISTILL_STEPS, REFINE_AGREEMENT
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.refining import FittedRefinement
 from hf_vqlogits.conversion.sizes import choose_size
-from hf_vqlogits.conversion.timing import logit_times
 
+from . import speed_peers as peers
 from .calibrated import calibrated
 from .models import fit_head
 from .protocol import MODELS, Case, load_case
 from .record import record, score_of, write
+from .speed_tables import times_of
+from .warm_cold import TEMPERATURES, Seconds, warm_and_cold
 from .work_folder import WorkFolder
 
 RULES = (
@@ -66,14 +73,16 @@ def measure(
     }
     layers = {name: one.logits(case.parts, head) for name, one in fitted.items()}
     scores = case.judge({NONE: head, **layers})
-    times = logit_times(case.parts.weight, case.parts.bias, head, layers)
+    seconds = _times(case, {NONE: head, **layers})
     rows = []
     for name in (NONE, *fitted):
-        seconds = times["quantised" if name == NONE else name]
         row: dict[str, Any] = {"model": case.name, "reduction": reduction, "scored_again": name}
-        row |= told | score_of(scores, name) | {"milliseconds": 1e3 * seconds}
+        row |= told | score_of(scores, name)
+        row["milliseconds"] = {key: 1e3 * times[name] for key, times in seconds.items()}
         for dtype in ("float32", "bfloat16"):
-            row[f"faster_than_{dtype}"] = times[f"dense_{dtype}"] / seconds
+            row[f"faster_than_{dtype}"] = {
+                key: times[f"dense_{dtype}"] / times[name] for key, times in seconds.items()
+            }
         if name != NONE:
             one = fitted[name]
             row["top_k"] = one.refinement.top_k
@@ -84,13 +93,23 @@ def measure(
     return rows
 
 
+@torch.no_grad()
+def _times(case: Case, layers: Mapping[str, Logits]) -> Seconds:
+    """Of one row's logits, by each of the layers and by the dense one."""
+    weight = case.parts.weight
+    hidden = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    ours = {name: partial(layer, hidden) for name, layer in layers.items()}
+    return warm_and_cold({**ours, **peers.dense(hidden, weight)})
+
+
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the rows."""
     table = Table()
     for column in ("model", "scored again", "factor", "same token", "scored", "certain"):
         table.add_column(column)
-    for column in ("one row, ms", "faster than float32 / bfloat16"):
-        table.add_column(column, justify="right")
+    for temperature in TEMPERATURES:
+        for column in ("one row, ms", "faster than float32 / bfloat16"):
+            table.add_column(f"{column}, {temperature}", justify="right")
     for row in rows:
         texts = row["texts"].values()
         table.add_row(
@@ -100,10 +119,9 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
             " / ".join(f"{text['greedy_agreement']:.2%}" for text in texts),
             " / ".join(f"{text['scored']:.1f}" for text in texts if "scored" in text),
             " / ".join(f"{text['certified']:.1%}" for text in texts if "certified" in text),
-            f"{row['milliseconds']:.3f}",
-            f"{row['faster_than_float32']:.1f}x / {row['faster_than_bfloat16']:.1f}x",
+            *itertools.chain(*(times_of(row, key) for key in TEMPERATURES)),
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
 def main() -> None:

@@ -32,9 +32,7 @@ from .limits import Rates, lookups, measured_rates
 from .record import record, write
 from .speed_plot import plot
 from .speed_tables import codes_of
-
-WARM_CALLS = 5
-OTHER_BYTES = 512 << 20
+from .warm_cold import warm_and_cold
 
 
 @dataclass(frozen=True)
@@ -126,13 +124,7 @@ def _measure(point: Point, rates: Rates, seed: int) -> dict[str, Any]:
         calls |= peers.fast_scan(hidden, weight, point.bits)
     head_exact = torch.nn.functional.linear(hidden, *head.to_linear())
     errors = peers.check(calls, hidden @ weight.T, head, head_exact)
-    other = torch.zeros(OTHER_BYTES // 4)
-    seconds = {
-        "warm": paired_medians(
-            calls, torch.device("cpu"), lambda call: [call() for _ in range(WARM_CALLS)]
-        ),
-        "cold": paired_medians(calls, torch.device("cpu"), lambda call: other.sum()),
-    }
+    seconds = warm_and_cold(calls)
     storage = head.storage()
     output_bytes = 4 * point.rows * point.vocab_size
     least = rates.seconds(

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .markdown import is_there, precise, results, table
+from .warm_cold import TEMPERATURES
 
 
 def codes_of(row: Mapping[str, Any]) -> str:
@@ -120,7 +121,7 @@ def refined() -> str:
     both = " / ".join(texts)
     header = (
         f"head | T, rule | same most likely token, {both} | tokens scored | certain | factor | "
-        "one row | faster than float32 / bfloat16"
+        "one row, warm / cold | faster than float32 / bfloat16, warm | cold"
     )
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
@@ -132,10 +133,17 @@ def refined() -> str:
         yield "" if plain else " / ".join(f"{one['scored']:.1f}" for one in figures)
         yield "" if plain else " / ".join(f"{one['certified']:.1%}" for one in figures)
         yield precise(row["factor"])
-        yield f"{row['milliseconds']:.2f} ms"
-        yield f"{row['faster_than_float32']:.1f}x / {row['faster_than_bfloat16']:.1f}x"
+        times, faster = zip(*(times_of(row, key) for key in TEMPERATURES), strict=True)
+        yield f"{' / '.join(times)} ms"
+        yield from faster
 
     return table(header, map(cells, rows))
+
+
+def times_of(row: Mapping[str, Any], temperature: str) -> tuple[str, str]:
+    """Milliseconds of a row's logits, and how often they go into the dense layers' times."""
+    faster = (row[f"faster_than_{dtype}"][temperature] for dtype in ("float32", "bfloat16"))
+    return f"{row['milliseconds'][temperature]:.2f}", " / ".join(f"{one:.1f}x" for one in faster)
 
 
 def generation() -> str:

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 
-from benchmarks import refined
+from benchmarks import refined, warm_cold
 
 
 def test_results_and_table(tiny_case, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(refined, "load_case", lambda *_, **__: tiny_case)
+    monkeypatch.setattr(warm_cold, "OTHER_BYTES", 4096)
     monkeypatch.setattr(refined, "RULES", ((4, 0.999), (300, 0.999), (300, 1.0), (1000, 0.999)))
     output = tmp_path / "refined.json"
     words = ["refined", "--quick", "--only", "gpt2-novels", "--output", str(output)]
@@ -33,8 +34,9 @@ def test_results_and_table(tiny_case, tmp_path, monkeypatch, capsys):
     scored = [rows[name]["texts"]["novels"]["scored"] for name in names]
     assert 0 < scored[0] <= scored[1] <= scored[2]
     for row in rows.values():
-        assert row["milliseconds"] > 0
-        assert row["faster_than_float32"] > 0
+        for figures in (row["milliseconds"], row["faster_than_float32"]):
+            assert list(figures) == ["warm", "cold"]
+            assert min(figures.values()) > 0
     printed = capsys.readouterr().out
     assert "T = 300, 100.0%" in printed
     assert "scored again" in printed

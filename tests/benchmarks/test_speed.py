@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import speed
+from benchmarks import speed, warm_cold
 from benchmarks.limits import Rates
 from benchmarks.speed import Point
 from hf_vqlogits.conversion import timing
@@ -15,7 +15,7 @@ from hf_vqlogits.conversion import timing
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(timing, "REPEATS", 1)
-    monkeypatch.setattr(speed, "OTHER_BYTES", 4096)
+    monkeypatch.setattr(warm_cold, "OTHER_BYTES", 4096)
     monkeypatch.setattr(speed, "measured_rates", lambda: Rates(1e9, 2e9))
 
 
