@@ -124,7 +124,7 @@ def for_expand_backward(grad: Tensor, codes: Tensor, code_type: str, num_codeboo
         return "triton"
     if name not in ("eager", "matmul") and grad.device.type == "cpu" and cpu.paths():
         # Nothing else keeps the +-1 matrix then, and to unpack it costs a fraction of the product.
-        signs = code_type == "sign" and grad.dtype in cpu.OUTPUT_TYPES
+        signs = code_type == "sign" and grad.dtype in cpu.TYPES
         return "cpu" if signs else "eager"
     return _without_kernel(name, grad, codes, code_type, num_codebooks)
 

@@ -17,8 +17,7 @@ from .library import load
 from .precision import product_dtype
 from .tensor_cache import TensorCache
 
-OUTPUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SCORED_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # that the kernels read
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` in csrc/numbers.h
 # `Path` in csrc/expand.cpp, the fastest first.
 _PATHS = {"amx": 4, "avx512": 1, "avx2": 2, "neon": 3, "plain": 0}
 # K of the paths that read tiled codes: an index must fit a field of 5 or 4 bits, for its tables to
@@ -50,7 +49,7 @@ class _Scoring(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("size", ctypes.c_int64),
         ("scale", ctypes.c_float),
-        ("half", ctypes.c_int32),
+        ("type", ctypes.c_int32),
     )
 
 
@@ -102,7 +101,7 @@ def _paths_of(library: ctypes.CDLL) -> tuple[str, ...]:
 
 def supports(path: str, scores: Tensor, codes: Tensor, code_type: str) -> bool:
     """Whether a path knows such scores and codes."""
-    if scores.dtype not in OUTPUT_TYPES or scores.device.type != "cpu":
+    if scores.dtype not in TYPES or scores.device.type != "cpu":
         return False
     return path == "plain" or knows(path, codes, code_type, scores.shape[-1])
 
@@ -161,7 +160,7 @@ def expand(
             prepared.tiles.data_ptr(),
             None if fine is None else fine.address,
             rows,
-            OUTPUT_TYPES[scores.dtype],
+            TYPES[scores.dtype],
             logits.data_ptr(),
             threads,
         )
@@ -194,7 +193,7 @@ def expand_backward(grad: Tensor, codes: Tensor, num_codebooks: int) -> Tensor:
     piece = torch.empty(min(step, vocabulary), 8 * width, dtype=grad.dtype, device="cpu")
     for begin in range(0, vocabulary, step):
         some = codes[begin : begin + step]
-        kind = OUTPUT_TYPES[grad.dtype]
+        kind = TYPES[grad.dtype]
         library.vqlogits_unpack(some.data_ptr(), some.numel(), kind, piece.data_ptr(), threads)
         signs = piece[: len(some), :num_codebooks]
         part = grad[:, begin : begin + step]
@@ -219,7 +218,7 @@ def logits(
 ) -> Tensor:
     """Logits (N, V) of a few hidden states (N, d), by a path of `SCORING_PATHS`.
 
-    All in one of `SCORED_TYPES`, but logits in `dtype`, of `OUTPUT_TYPES`, where that is given.
+    All in one of `TYPES`, but logits in another, `dtype`, where that is given.
     Scores are sums of products in float32; the rest is [`expand`].
 
     Raises:
@@ -240,7 +239,7 @@ def logits(
         codebook_bias.data_ptr(),
         exact.shape[1],
         scale,
-        SCORED_TYPES[hidden.dtype],
+        TYPES[hidden.dtype],
     )
     out = torch.empty(hidden.shape[0], codes.shape[0], dtype=dtype or hidden.dtype, device="cpu")
     failed = library.vqlogits_logits_tiles(
@@ -250,7 +249,7 @@ def logits(
         prepared.tiles.data_ptr(),
         None if fine is None else fine.address,
         hidden.shape[0],
-        OUTPUT_TYPES[out.dtype],
+        TYPES[out.dtype],
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -260,7 +259,7 @@ def logits(
 
 
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of logits (N, V) in one of `OUTPUT_TYPES`, descending, and their tokens (N, k).
+    """The k largest of logits (N, V) in one of `TYPES`, descending, and their tokens (N, k).
 
     Of equal logits the first tokens are taken. NaN is in no order: a row that has fewer than k
     numbers ends in NaN of token 0.
@@ -270,13 +269,13 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     library = load()
     assert library is not None
-    exact = (logits if logits.dtype in SCORED_TYPES else logits.float()).contiguous()
+    logits = logits.contiguous()
     rows, vocabulary = logits.shape
     values = torch.empty(rows, k, dtype=torch.float32, device="cpu")
     tokens = torch.empty(rows, k, dtype=torch.long, device="cpu")
     failed = library.vqlogits_largest(
-        exact.data_ptr(),
-        SCORED_TYPES[exact.dtype],
+        logits.data_ptr(),
+        TYPES[logits.dtype],
         rows,
         vocabulary,
         k,

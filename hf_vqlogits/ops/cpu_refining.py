@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .cpu import SCORED_TYPES
+from .cpu import TYPES
 from .library import load
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class _Numbers(ctypes.Structure):
     """`Numbers` in csrc/numbers.h."""
 
-    _fields_ = (("data", ctypes.c_void_p), ("half", ctypes.c_int32))
+    _fields_ = (("data", ctypes.c_void_p), ("type", ctypes.c_int32))
 
 
 class _Refining(ctypes.Structure):
@@ -67,13 +67,13 @@ def knows(
         of_states += rule[2:]
     if (
         hidden.shape != (rows, size)
-        or hidden.dtype not in SCORED_TYPES
+        or hidden.dtype not in TYPES
         or any(len(tensor) < vocabulary for tensor in (weight, *of_tokens))
         or any(tensor.shape != (size,) for tensor in of_states)
     ):
         return False
     others = (logits, weight, offset.bias, *of_tokens, *of_states)
-    return all(tensor.dtype in SCORED_TYPES and tensor.is_contiguous() for tensor in others)
+    return all(tensor.dtype in TYPES and tensor.is_contiguous() for tensor in others)
 
 
 def refine_(
@@ -106,8 +106,8 @@ def refine_(
     failed = library.vqlogits_refine(
         ctypes.byref(given),
         its_rule,
-        SCORED_TYPES[dense.weight.dtype],
-        SCORED_TYPES[logits.dtype],
+        TYPES[dense.weight.dtype],
+        TYPES[logits.dtype],
         logits.data_ptr(),
         torch.get_num_threads(),
     )
@@ -119,4 +119,4 @@ def refine_(
 
 
 def _numbers(tensor: Tensor) -> _Numbers:
-    return _Numbers(tensor.data_ptr(), SCORED_TYPES[tensor.dtype])
+    return _Numbers(tensor.data_ptr(), TYPES[tensor.dtype])

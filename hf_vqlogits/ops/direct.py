@@ -43,7 +43,7 @@ def logits(
         dtype: of the logits; default that of `hidden`.
 
     Returns:
-        (N, V). In one call, scores of bfloat16 are not rounded before they are summed.
+        (N, V). In one call, scores of half precision are not rounded before they are summed.
     """
     path = _path(hidden, codebook, codebook_bias, codes, code_type)
     # What does not go together, the other way refuses.
@@ -95,7 +95,7 @@ def _path(
     if (
         not backends.callable_directly(*floats, codes)
         or not 0 < len(hidden) <= LARGEST_ROWS
-        or hidden.dtype not in cpu.SCORED_TYPES
+        or hidden.dtype not in cpu.TYPES
         or any(t.dtype != hidden.dtype for t in floats)
     ):
         return None

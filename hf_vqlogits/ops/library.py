@@ -14,7 +14,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_INTERFACE = 8  # `kInterface` in csrc/expand.cpp
+_INTERFACE = 9  # `kInterface` in csrc/expand.cpp
 _EXTENSION = "_expand"  # in setup.py
 
 

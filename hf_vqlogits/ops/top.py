@@ -93,7 +93,7 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     check_k(k, logits.shape[-1])
     logits = logits.detach()
     kind = type(logits), logits.device.type
-    if kind != (Tensor, "cpu") or logits.dtype not in cpu.OUTPUT_TYPES:
+    if kind != (Tensor, "cpu") or logits.dtype not in cpu.TYPES:
         return torch.topk(logits, k)
     found: tuple[Tensor, Tensor] = torch.ops.vqlogits.largest.default(logits, k)
     return found

@@ -8,6 +8,7 @@ from hf_vqlogits.ops import backends, cpu, cpu_refining, refining
 
 D, SCALE, CAP = 23, 0.5, 3.0
 COMPILED = bool(cpu.paths())
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 each_way = pytest.mark.parametrize(
     "backend",
@@ -107,7 +108,8 @@ def test_as_the_reference(backend, rows, vocabulary, top_k, deviations, calls, m
 
 @pytest.mark.skipif(not COMPILED, reason="the compiled library was not built")
 @pytest.mark.parametrize(
-    ("dtype", "weight"), list(itertools.product([torch.float32, torch.bfloat16], repeat=2))
+    ("dtype", "weight"),
+    list(itertools.product([torch.float32, torch.bfloat16, torch.float16], repeat=2)),
 )
 @torch.no_grad()
 def test_half_precision_is_rounded_where_it_is_stored_and_nowhere_else(dtype, weight, calls):
@@ -139,8 +141,28 @@ def test_the_two_ways_agree_on_what_is_scored(monkeypatch):
     assert torch.equal(*found)
 
 
+@pytest.mark.skipif(not COMPILED, reason="the compiled library was not built")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0.0, 1e-7, 0.37, -3.1, 700.0, 65504.0, -5e5])
+@torch.no_grad()
+def test_all_numbers_of_a_type_are_read_and_rounded(dtype, offset, calls):
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    given = problem(1, 2**16, dtype=dtype, deviations=0.0)
+    given["logits"] = numbers[None].clone()
+    given["offset"] = ops.Offset(torch.zeros(D), torch.tensor([offset]))
+    got = ops.refine(top_k=1, **given)[0]
+    assert calls == [1]
+    wanted = (numbers.float() - offset).to(dtype)
+    other = ~((got == wanted) | (got.isnan() & wanted.isnan()))
+    assert int(other.sum()) <= 1  # the largest is the dense layer's
+    values, tokens = cpu.largest(numbers[None], 2**16)
+    found = torch.full_like(numbers, float("nan")).scatter(0, tokens[0], values[0])
+    found[0] = numbers[0]  # which stands for what is no number too
+    assert torch.equal(found.nan_to_num(nan=1.5), numbers.nan_to_num(nan=1.5))
+
+
 @each_way
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TYPES)
 @torch.no_grad()
 def test_nan_stays_nan_whatever_its_digits(backend, dtype, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, backend)
@@ -262,10 +284,10 @@ def test_what_the_library_cannot_read_pytorch_does(calls):
     wide = torch.empty(5, 700, 2)[..., 0]
     wide.copy_(given["logits"])
     torch.testing.assert_close(ops.refine(top_k=9, **given | {"logits": wide}), want)
-    half = {name: given[name].half() for name in ("hidden", "logits")}
-    got = ops.refine(top_k=9, **given | half)
-    assert got.dtype == torch.float16
-    torch.testing.assert_close(got.float(), want, atol=2e-2, rtol=1e-2)
+    double = {name: given[name].double() for name in ("hidden", "logits")}
+    got = ops.refine(top_k=9, **given | double)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got.float(), want)
     assert calls == []
 
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <new>
+#include <type_traits>
 
 #include "coding.h"
 #include "kernel_amx.h"
@@ -24,18 +25,17 @@
 #include <cpuid.h>
 #endif
 
-using vqlogits::BFloat16;
 using vqlogits::Coding;
 using vqlogits::Fine;
-using vqlogits::Output;
 using vqlogits::Refining;
 using vqlogits::Rule;
 using vqlogits::Scoring;
+using vqlogits::Type;
 
 namespace {
 
 // `_INTERFACE` in ops/library.py; to be raised with every change of the functions below.
-constexpr int32_t kInterface = 8;
+constexpr int32_t kInterface = 9;
 constexpr int32_t kNoMemory = -1;
 
 // `_PATHS` in ops/cpu.py.
@@ -183,7 +183,7 @@ int32_t vqlogits_expand_tiles(int32_t path, const Coding* coding, const float* s
                               void* out, int32_t threads) {
   vqlogits::want_large_pages(out, rows * coding->vocabulary * (type == 0 ? 4 : 2));
   return with_kernel(path, [&](auto kernel) {
-    kernel.expand(*coding, scores, tiles, fine, rows, static_cast<Output>(type), out,
+    kernel.expand(*coding, scores, tiles, fine, rows, static_cast<Type>(type), out,
                   useful_threads(*coding, rows, threads));
   });
 }
@@ -193,48 +193,37 @@ int32_t vqlogits_logits_tiles(int32_t path, const Coding* coding, const Scoring*
                               const void* tiles, const Fine* fine, int64_t rows, int32_t type,
                               void* out, int32_t threads) {
   return with_tables(path, [&](auto kernel) {
-    kernel.logits(*coding, *scoring, tiles, fine, rows, static_cast<Output>(type), out,
+    kernel.logits(*coding, *scoring, tiles, fine, rows, static_cast<Type>(type), out,
                   useful_threads(*coding, rows, threads));
   });
 }
 
-// logits [rows, V], type 0 float32, 1 bfloat16 -> values and tokens [rows, k], the k largest of each
-// row.
+// logits [rows, V] of a `Type` -> values and tokens [rows, k], the k largest of each row.
 int32_t vqlogits_largest(const void* logits, int32_t type, int64_t rows, int64_t vocabulary,
                          int64_t k, float* values, int64_t* tokens, int32_t threads) {
   threads = useful_threads(rows * vocabulary, kLogitsPerThread, threads);
   try {
-    if (type == 0) {
-      vqlogits::largest(static_cast<const float*>(logits), rows, vocabulary, k, values, tokens,
-                        threads);
-    } else {
-      vqlogits::largest(static_cast<const BFloat16*>(logits), rows, vocabulary, k, values, tokens,
-                        threads);
-    }
+    vqlogits::with_type(static_cast<Type>(type), [&](auto* of) {
+      const auto* typed = static_cast<decltype(of)>(const_cast<void*>(logits));
+      vqlogits::largest(typed, rows, vocabulary, k, values, tokens, threads);
+    });
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   }
   return 0;
 }
 
-// logits [N, V] in place, type 0 float32, 1 bfloat16; `half`: the dense weight is bfloat16, else
-// float32. `rule` may be null.
-int32_t vqlogits_refine(const Refining* given, const Rule* rule, int32_t half, int32_t type,
+// logits [N, V] of a `Type`, in place; `weight_type` is that of the dense weight. `rule` may be null.
+int32_t vqlogits_refine(const Refining* given, const Rule* rule, int32_t weight_type, int32_t type,
                         void* logits, int32_t threads) {
   threads = useful_threads(given->rows * given->vocabulary, kLogitsPerThread, threads);
-  const auto with_weight = [&](auto* typed) {
-    if (half) {
-      vqlogits::refine<BFloat16>(*given, rule, typed, threads);
-    } else {
-      vqlogits::refine<float>(*given, rule, typed, threads);
-    }
-  };
   try {
-    if (type == 0) {
-      with_weight(static_cast<float*>(logits));
-    } else {
-      with_weight(static_cast<BFloat16*>(logits));
-    }
+    vqlogits::with_type(static_cast<Type>(weight_type), [&](auto* of) {
+      using W = std::remove_pointer_t<decltype(of)>;
+      vqlogits::with_type(static_cast<Type>(type), [&](auto* to) {
+        vqlogits::refine<W>(*given, rule, static_cast<decltype(to)>(logits), threads);
+      });
+    });
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   }

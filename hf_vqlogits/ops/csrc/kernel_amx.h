@@ -293,8 +293,8 @@ inline void tile_fine(const Coding& coding, const Fine& fine, const void* codes,
 // What the interface calls (expand.cpp), as in tables_kernel.h.
 struct Kernel {
   static void expand(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
-                     int64_t rows, Output type, void* out, int threads) {
-    const int64_t row_bytes = coding.vocabulary * (type == Output::kFloat32 ? 4 : 2);
+                     int64_t rows, Type type, void* out, int threads) {
+    const int64_t row_bytes = coding.vocabulary * (type == Type::kFloat32 ? 4 : 2);
     for (int64_t first = 0; first < rows; first += kBatchRows) {
       const avx512::Store store{type, static_cast<char*>(out) + first * row_bytes,
                                coding.vocabulary};

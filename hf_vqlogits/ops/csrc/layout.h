@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "coding.h"
+#include "numbers.h"
 #include "parallel.h"
 
 namespace vqlogits {
@@ -149,7 +150,7 @@ struct Scoring {
   const void* bias;      // [scores of a row]
   int64_t size;          // d
   float scale;
-  int32_t half;  // codebook and bias are 1: bfloat16, 0: float32
+  Type type;  // of codebook and bias
 };
 
 }  // namespace vqlogits

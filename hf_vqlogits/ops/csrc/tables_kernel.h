@@ -123,9 +123,9 @@ VQLOGITS_TARGET inline void build(const Coding& coding, const Fields<S>& fields,
 
 // out[at, at + count) = logits in the type asked for, rounded to nearest even. Up to 15 logits
 // behind the last one are read.
-VQLOGITS_TARGET inline void store(const float* logits, int64_t count, Output type, void* out,
+VQLOGITS_TARGET inline void store(const float* logits, int64_t count, Type type, void* out,
                                   int64_t at) {
-  if (type == Output::kFloat32) {
+  if (type == Type::kFloat32) {
     std::memcpy(static_cast<float*>(out) + at, logits, count * sizeof(float));
     return;
   }
@@ -133,7 +133,7 @@ VQLOGITS_TARGET inline void store(const float* logits, int64_t count, Output typ
   for (int64_t v = 0; v < count; v += 16) {
     uint16_t last[16];
     uint16_t* halves = v + 16 <= count ? to + v : last;
-    if (type == Output::kFloat16) {
+    if (type == Type::kFloat16) {
       store_half(logits + v, halves);
     } else {
       store_bfloat16(logits + v, halves);
@@ -184,7 +184,7 @@ VQLOGITS_TARGET inline void add_fine(const Fields<S>& fields, const Fine& fine, 
 
 // What becomes of the logits of a task.
 struct Store {
-  Output type;
+  Type type;
   void* out;  // [N, V]
   int64_t vocabulary;
   VQLOGITS_TARGET void operator()(int64_t row, int64_t first, int64_t count,
@@ -236,11 +236,10 @@ inline void expand_batch(const Coding& coding, const Fields<S>& fields, const Sc
   const int64_t per_row = coding.scores_per_row();
   const auto make_scores = [&](int64_t task) {
     const int64_t begin = task * kScoresOfTask, end = std::min(begin + kScoresOfTask, per_row);
-    if (scoring->half) {
-      score<BFloat16>(*scoring, rows, per_row, begin, end, scores);
-    } else {
-      score<float>(*scoring, rows, per_row, begin, end, scores);
-    }
+    with_type(scoring->type, [&](auto* of) {
+      using T = std::remove_pointer_t<decltype(of)>;
+      score<T>(*scoring, rows, per_row, begin, end, scores);
+    });
   };
   const auto make_tables = [&](int64_t task) {
     const int64_t row = task / fields.segments, segment = task % fields.segments;
@@ -271,9 +270,9 @@ inline void expand_batch(const Coding& coding, const Fields<S>& fields, const Sc
 struct Kernel {
   // scores [N, ...] float32, codes as tiles, second codes or null -> out [N, V] of the given type.
   static void expand(const Coding& coding, const float* scores, const void* tiles, const Fine* fine,
-                     int64_t rows, Output type, void* out, int threads) {
+                     int64_t rows, Type type, void* out, int threads) {
     const Fields<S> fields(coding);
-    const int64_t row_bytes = coding.vocabulary * (type == Output::kFloat32 ? 4 : 2);
+    const int64_t row_bytes = coding.vocabulary * (type == Type::kFloat32 ? 4 : 2);
     Tables tables(fields, std::min(rows, kBatchRows));
     for (int64_t first = 0; first < rows; first += kBatchRows) {
       const Store store{type, static_cast<char*>(out) + first * row_bytes, coding.vocabulary};
@@ -285,7 +284,7 @@ struct Kernel {
 
   // Hidden states of up to kBatchRows rows -> out [N, V] of the given type.
   static void logits(const Coding& coding, const Scoring& scoring, const void* tiles, const Fine* fine,
-                     int64_t rows, Output type, void* out, int threads) {
+                     int64_t rows, Type type, void* out, int threads) {
     const Fields<S> fields(coding);
     Tables tables(fields, rows);
     std::vector<float> scores(rows * coding.scores_per_row());
