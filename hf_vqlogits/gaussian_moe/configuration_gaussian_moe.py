@@ -30,7 +30,8 @@ class GaussianMoEConfig(PreTrainedConfig):
         min_deviation (`float`, *optional*, defaults to 0.001):
             No component's standard deviation goes below it in any direction of y, in the units of
             y; positive. A component that a few observations pull towards zero stays there, so
-            that the likelihood has a maximum.
+            that the likelihood has a maximum. In EM at a ten-millionth of its largest deviation at
+            the latest, which is where float64 ends.
 
     Raises:
         ValueError: a field is out of range.
@@ -48,7 +49,7 @@ class GaussianMoEConfig(PreTrainedConfig):
     activation: str = LINEAR
     temperature: float | int = 1.0
     learn_temperature: bool = False
-    min_deviation: float = 1e-3
+    min_deviation: float | int = 1e-3
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the fields; the strict dataclass would wrap what is raised in another error."""

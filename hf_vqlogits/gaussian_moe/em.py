@@ -23,7 +23,9 @@ from ..gates import activation_slope
 from .mixture import Mixture
 
 HALVINGS = 8
-RIDGE = 1e-10  # of the Gram matrices' scale, for components on fewer points than coefficients
+RIDGE = 1e-10  # of the diagonal, for components on fewer points than coefficients
+ROUNDING = 1e-12  # of a centre; a spread below it is none
+LEAST_RATIO = 1e-7  # of a component's deviations: below it a covariance in float64 is rounding
 DAMPING = 1e-9  # of the Fisher information's scale: directions that change no gate stay put
 LARGEST_LOG_STEP = 0.5  # of the temperature in one step
 LEAST_MASS = 1e-6  # observations; a component that has lost all keeps its expert
@@ -71,24 +73,26 @@ def em(
         learn_temperature: fit tau with the gate.
         schedule: tau by the share of `steps` done, instead.
         steps: at most.
-        tolerance: stop when no mixture gained more nats an observation in a step; not before a
-            schedule's temperature has settled.
+        tolerance: stop when no mixture gained more nats an observation in a step; with a schedule
+            only in a step at its last temperature.
 
     Returns:
         [`EMResult`].
     """
     history: list[Tensor] = []
-    settled = schedule is None
+    temperatures: list[float | None] = []
     for step in range(steps):
-        if schedule is not None:
-            tau = schedule((step + 1) / steps)
-            settled = tau == schedule(1.0)
+        tau = None if schedule is None else schedule((step + 1) / steps)
+        temperatures.append(tau)
+        if tau is not None:
             log_temperature = torch.full_like(mixture.log_temperature, tau).log()
             mixture = replace(mixture, log_temperature=log_temperature)
         joint = mixture.log_joint(x, y)
         log_density = joint.logsumexp(-1)
         history.append(log_density.mean(-1))
-        if settled and len(history) > 1 and bool((history[-1] - history[-2] < tolerance).all()):
+        # A likelihood at another temperature says nothing of what a step gains.
+        settled = schedule is None or temperatures[-2:] == [schedule(1.0)] * 2
+        if settled and step > 0 and bool((history[-1] - history[-2] < tolerance).all()):
             break
         shares = (joint - log_density[..., None]).exp()
         mixture = expert_step(mixture, x, y, shares, min_deviation)
@@ -110,22 +114,26 @@ def expert_step(
         shares: responsibilities (..., N, k).
         min_deviation: least standard deviation.
     """
-    inputs = torch.nn.functional.pad(x, (0, 1), value=1.0)[..., None, :, :]  # (..., 1, N, d + 1)
     weights = shares.mT[..., None]  # (..., k, N, 1)
     mass = weights.sum(-2, keepdim=True)  # (..., k, 1, 1)
+    divisor = mass.clamp(min=LEAST_MASS)
+    # Around the component's own centre, beside which its spread may be small.
+    x_centre = (shares.mT @ x)[..., None, :] / divisor  # (..., k, 1, d)
+    y_centre = (shares.mT @ y)[..., None, :] / divisor
+    inputs, targets = x[..., None, :, :] - x_centre, y[..., None, :, :] - y_centre
     weighted = weights * inputs
-    gram = weighted.mT @ inputs  # (..., k, d + 1, d + 1)
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-    ridge = (RIDGE * scale).clamp(min=torch.finfo(x.dtype).tiny) * identity
-    solution = torch.linalg.solve(gram + ridge, weighted.mT @ y[..., None, :, :])
-    residuals = y[..., None, :, :] - inputs @ solution  # (..., k, N, p)
-    covariance = (weights * residuals).mT @ residuals / mass.clamp(min=LEAST_MASS)
+    gram = weighted.mT @ inputs  # (..., k, d, d)
+    rounding = mass[..., 0] * (ROUNDING * x_centre[..., 0, :]).square()
+    lift = RIDGE * gram.diagonal(dim1=-2, dim2=-1) + rounding + torch.finfo(x.dtype).tiny
+    solution = torch.linalg.solve(gram + torch.diag_embed(lift), weighted.mT @ targets)
+    residuals = targets - inputs @ solution  # (..., k, N, p)
+    covariance = (weights * residuals).mT @ residuals / divisor
     alive = mass > LEAST_MASS
+    intercepts = (y_centre - x_centre @ solution)[..., 0, :]
     return replace(
         mixture,
-        coefficients=solution[..., :-1, :].mT.where(alive, mixture.coefficients),
-        intercepts=solution[..., -1, :].where(alive[..., 0], mixture.intercepts),
+        coefficients=solution.mT.where(alive, mixture.coefficients),
+        intercepts=intercepts.where(alive[..., 0], mixture.intercepts),
         factors=floored(covariance, min_deviation).where(alive, mixture.factors),
     )
 
@@ -135,7 +143,8 @@ def floored(covariance: Tensor, min_deviation: float) -> Tensor:
 
     Args:
         covariance: (..., p, p).
-        min_deviation: root of the floor.
+        min_deviation: root of the floor; for each covariance at least `LEAST_RATIO` of the root of
+            its largest eigenvalue.
 
     Returns:
         L (..., p, p).
@@ -143,8 +152,13 @@ def floored(covariance: Tensor, min_deviation: float) -> Tensor:
     if covariance.shape[-1] == 1:
         return covariance.sqrt().clamp(min=min_deviation)
     values, vectors = torch.linalg.eigh(covariance)
-    lifted = vectors * values.clamp(min=min_deviation**2)[..., None, :]
-    return torch.linalg.cholesky(lifted @ vectors.mT)
+    deviations = values.clamp(min=0).sqrt()
+    floor = (LEAST_RATIO * deviations[..., -1:]).clamp(min=min_deviation)
+    # L^T is what QR leaves of any other root, and loses nothing of small eigenvalues beside large.
+    root = deviations.maximum(floor)[..., None] * vectors.mT
+    factors = torch.linalg.qr(root).R.mT
+    signs = factors.diagonal(dim1=-2, dim2=-1).sign()
+    return factors * signs[..., None, :]
 
 
 def gate_features(mixture: Mixture, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from ..gates import DenseToSparseGate
 from ..loading import readable_file_errors, refuse_mismatched
 from .configuration_gaussian_moe import GaussianMoEConfig
 from .data import check_finite, columns
+from .em import LEAST_RATIO
 from .mixture import Mixture
 
 AT_THE_FLOOR = 1.1  # a deviation below so many times the least one counts as collapsed
@@ -276,5 +277,6 @@ def collapsed_components(factors: Tensor, min_deviation: float) -> list[int]:
     """
     # The least eigenvalue is the floor in EM, the least diagonal in gradient descent; the first is
     # never above the second.
-    least = torch.linalg.svdvals(factors.double()).min(-1).values
-    return (least < AT_THE_FLOOR * min_deviation).nonzero()[:, 0].tolist()
+    deviations = torch.linalg.svdvals(factors.double())
+    floor = (LEAST_RATIO * deviations.amax(-1)).clamp(min=min_deviation)
+    return (deviations.amin(-1) < AT_THE_FLOOR * floor).nonzero()[:, 0].tolist()

@@ -143,4 +143,52 @@ def test_schedule_ends_at_its_temperature_and_is_not_cut_short():
     schedule = TemperatureSchedule(4.0, 0.5, share=0.5)
     result = em(mixture, x, y, min_deviation=FLOOR, schedule=schedule, steps=40, tolerance=1e6)
     assert float(result.mixture.log_temperature.exp()) == pytest.approx(0.5)
-    assert len(result.history) >= 21
+    # 20 steps to get there, one that shows what a step gains, and the end.
+    assert len(result.history) == 22
+
+
+@pytest.mark.parametrize("activation", ["linear", "tanh"])
+def test_after_a_schedule_it_goes_on_until_nothing_is_gained(activation):
+    true = random_mixture(activation, k=2)
+    x, y = random_data(true, n=200)
+    begin = random_mixture(activation, k=2, seed=5)
+    schedule = TemperatureSchedule(4.0, 0.05, share=0.01)  # falls at once
+    options = {"min_deviation": FLOOR, "steps": 2000}
+    result = em(begin, x, y, schedule=schedule, **options)
+    assert result.converged
+    assert 5 < len(result.history) < 2000
+    further = em(result.mixture, x, y, **options)
+    assert float(further.log_likelihood - result.log_likelihood) < 1e-4
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+def test_experts_do_not_mind_where_x_lies(offset):
+    mixture = random_mixture(k=2)
+    x, y = random_data(mixture)
+    shares = torch.rand(40, 2, dtype=torch.float64)
+    near, far = (expert_step(mixture, some, y, shares, FLOOR) for some in (x, x + offset))
+    torch.testing.assert_close(far.coefficients, near.coefficients, atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(far.means(x + offset), near.means(x), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(far.factors, near.factors, atol=1e-6, rtol=1e-6)
+
+
+def test_a_column_of_x_that_is_constant_has_no_coefficient():
+    mixture = random_mixture(k=2)
+    x, y = random_data(mixture)
+    x[:, 1] = 1234.5678
+    found = expert_step(mixture, x, y, torch.rand(40, 2, dtype=torch.float64), FLOOR)
+    assert float(found.coefficients[..., 1].abs().max()) < 1e-3
+    assert float(found.coefficients[..., 0].abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e12])
+def test_directions_without_spread_are_held_at_the_floor_whatever_the_others(scale):
+    along = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
+    covariance = scale**2 * torch.outer(along, along)
+    factors = floored(covariance, 1e-3)
+    assert torch.equal(factors, factors.tril())
+    assert (factors.diagonal() > 0).all()
+    least = max(1e-3, 1e-7 * scale * 6**0.5)
+    deviations = torch.linalg.svdvals(factors)
+    torch.testing.assert_close(deviations[0], torch.tensor(scale * 6**0.5).double())
+    torch.testing.assert_close(deviations[1:], torch.full((2,), least).double(), rtol=1e-3, atol=0)

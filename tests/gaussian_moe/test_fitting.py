@@ -110,11 +110,79 @@ def test_impossible_data_leave_the_model_as_it_was():
         ((x[:2], y[:2]), "2 observations cannot tell 3 components apart"),
         ((x[:9], y[:8]), "every observation needs both"),
         ((x.expand(-1, 2), y), r"`x` must have the shape \(N, 1\)"),
+        ((x[None], y[None]), r"`x` must have the shape \(N, 1\), got \(1, 400, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
             fit_em(model, *data)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize(("offset", "scale"), [(1e4, 1.0), (-2e6, 30.0), (0.0, 1e-9)])
+def test_data_elsewhere_and_of_another_size_are_fitted_alike(offset, scale, learn):
+    x, y = (values.double() for values in lines())
+    config = {"learn_temperature": learn, "temperature": 0.5}
+    near = GaussianMoEModel(GaussianMoEConfig(**config)).double()
+    far = GaussianMoEModel(GaussianMoEConfig(**config, min_deviation=1e-3 * scale)).double()
+    moved, grown = scale * x + offset, scale * y - offset
+    one, other = fit_em(near, x, y, restarts=3), fit_em(far, moved, grown, restarts=3)
+    shift = torch.tensor(scale).double().log()
+    assert other.log_likelihood == pytest.approx(one.log_likelihood - float(shift), abs=1e-5)
+    assert other.history[0] == pytest.approx(one.history[0] - float(shift), abs=1e-5)
+    found = float(far.log_density(moved, grown).mean().detach())
+    assert found == pytest.approx(other.log_likelihood, abs=1e-5)
+    gates = near(x).gates, far(moved).gates
+    torch.testing.assert_close(gates[1], gates[0], atol=1e-3, rtol=0)
+
+
+def test_a_line_far_from_zero_is_a_line():
+    draw = torch.Generator().manual_seed(0)
+    u = torch.rand(500, 1, generator=draw).double() - 0.5
+    x = 1e4 + 10 * u
+    y = 3 * u + 0.1 * torch.randn(500, 1, generator=draw)
+    model = GaussianMoEModel(GaussianMoEConfig(num_components=1)).double()
+    fit_em(model, x, y)
+    assert float(model.experts.coefficients.detach()) == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5, 1e12])
+def test_y_on_a_line_collapses_without_an_error(scale, caplog):
+    x, y = lines()
+    model = GaussianMoEModel(GaussianMoEConfig(output_size=2)).double()
+    both = scale * torch.cat([y, 2 * y], 1).double()
+    with caplog.at_level(logging.WARNING):
+        report = fit_em(model, x, both, restarts=2)
+    assert report.collapsed == model.collapsed() == [0, 1]
+    assert torch.isfinite(torch.tensor(report.history)).all()
+    assert torch.isfinite(model.log_density(x, both)).all()
+
+
+def test_what_the_type_of_the_model_cannot_hold_is_refused_and_nothing_lost():
+    x, y = (values.double() for values in lines())
+    model = GaussianMoEModel(GaussianMoEConfig())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"no numbers of the model's type, torch.float32"):
+        fit_em(model, x, 1e160 * y)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    wide = model.double()
+    report = fit_em(wide, x, 1e160 * y)
+    found = float(wide.log_density(x, 1e160 * y).mean().detach())
+    assert found == pytest.approx(report.log_likelihood)
+
+
+def test_what_rounding_costs_is_told(caplog):
+    x, y = lines()
+    far = x.double() + 1e6
+    with caplog.at_level(logging.WARNING):
+        fit_em(GaussianMoEModel(GaussianMoEConfig()), far, y, restarts=2)
+    assert "nats an observation, but" in caplog.text
+    assert "Subtract a constant, or fit `model.double()`" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        fit_em(GaussianMoEModel(GaussianMoEConfig()).double(), far, y, restarts=2)
+    assert not caplog.text
 
 
 def test_learned_and_scheduled_contradict():
