@@ -42,7 +42,7 @@ def read_table(file: Path) -> dict[str, np.ndarray]:
         raise ConversionError(f"{str(file)!r} must end in .csv or .npz.")
     try:
         return readers[file.suffix](file)
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, csv.Error, ValueError, zipfile.BadZipFile) as error:
         raise ConversionError(f"{str(file)!r} cannot be read: {error}") from error
 
 
@@ -68,6 +68,8 @@ def _read_csv(file: Path) -> dict[str, np.ndarray]:
 
 def _read_npz(file: Path) -> dict[str, np.ndarray]:
     loaded = np.load(file, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        raise ConversionError(f"{str(file)!r} is one array, no .npz file of arrays by name.")
     with loaded:
         return {name: loaded[name] for name in loaded.files}
 
@@ -84,6 +86,8 @@ def matrix(table: dict[str, np.ndarray], names: Sequence[str]) -> Tensor:
             raise ConversionError(f"There is no column {name!r}; there are {', '.join(table)}.")
         values = table[name]
         try:
+            if values.dtype.kind == "c":
+                raise ValueError("complex ones")
             values = values.astype(np.float64)
         except ValueError as error:
             raise ConversionError(

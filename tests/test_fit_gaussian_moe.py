@@ -94,6 +94,10 @@ def test_a_model_is_replaced_only_when_told(files, example):
         (["--data", "short.csv"], "Line 3 of 'short.csv' has 1 cells, the line of names has 2"),
         (["--data", "twice.csv"], "has more than one column x"),
         (["--data", "broken.npz"], "'broken.npz' cannot be read"),
+        (["--data", "nothing.npz"], "'nothing.npz' cannot be read: No data left in file"),
+        (["--data", "array.npz"], "'array.npz' is one array, no .npz file of arrays by name"),
+        (["--data", "complex.npz"], "Column 'x' holds something else than numbers: complex ones"),
+        (["--data", "huge.npz"], "no numbers of the model's type, torch.float32"),
         (["--data", "nan.csv"], "`y` holds 1 values that are NaN or infinite, the first in row 1"),
         (["--data", "empty.csv"], "0 observations cannot tell 2 components apart"),
         (["--data", "uneven.npz"], r"`x` has \(4,\) rows and `y` \(3,\)"),
@@ -120,9 +124,14 @@ def test_mistakes_are_one_line_and_write_nothing(files, example, monkeypatch, wo
         "nan.csv": "x,y\n1,2\n3,nan\n5,6\n",
         "empty.csv": "x,y\n",
         "broken.npz": "no archive",
+        "nothing.npz": "",
     }.items():
         Path(name).write_text(text, encoding="utf8")
     np.savez("uneven.npz", x=np.zeros(4), y=np.zeros(3))
+    np.savez("complex.npz", x=np.zeros(4, dtype=complex), y=np.zeros(4))
+    np.savez("huge.npz", x=np.arange(9.0), y=1e160 * np.arange(9.0) ** 2)
+    with open("array.npz", "wb") as file:
+        np.save(file, np.zeros(4))
     code, out, err = example(*words, "--output", "model")
     assert code == 2
     assert re.search(message, err)

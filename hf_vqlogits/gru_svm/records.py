@@ -4,6 +4,7 @@ import csv
 import gzip
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,16 +147,29 @@ def _rows(
     problems: list[RecordProblem] = []
     width = len(order)
     line = reader.line_num
-    for fields in reader:
+    for fields in _read(reader):
         # Of a record in several lines, by quotes, the first one counts.
         line, end = line + 1, reader.line_num
         try:
+            if isinstance(fields, csv.Error):
+                raise RecordError(f"it cannot be read: {fields}")
             rows.append(_row(line, fields, schema, order, width, labelled=labelled))
         except RecordError as error:
             through = f"; a quotation mark takes in the lines up to {end}" if end > line else ""
             problems.append(RecordProblem(line, f"{error}{through}"))
         line = end
     return rows, problems
+
+
+def _read(reader: Any) -> Iterator[list[str] | csv.Error]:
+    """The fields of each record, or why it has none; the reader goes on with the next line."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield error
 
 
 def _row(
@@ -239,5 +253,5 @@ def _opened(source: str | os.PathLike[str] | Iterable[str], name: str) -> Iterat
             yield file
     except UnicodeDecodeError as error:
         raise RecordError(f"{name} is not text in UTF-8: {error}.") from error
-    except (gzip.BadGzipFile, EOFError, csv.Error) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, csv.Error) as error:
         raise RecordError(f"{name} is damaged: {error}. Copy it again.") from error

@@ -1,4 +1,5 @@
 import gzip
+import re
 
 import numpy as np
 import pytest
@@ -106,6 +107,20 @@ def test_lines_that_an_open_quotation_mark_takes_in_are_told():
     assert str(records.problems[0]).endswith("a quotation mark takes in the lines up to 5")
 
 
+def test_a_field_beyond_every_limit_costs_its_lines_alone():
+    many = [f"{GOOD[0]}\n"] * 50_000
+    records = read_records([*many[:5], '1,"x,SF,no\n', *many], SCHEMA, malformed="leave_out")
+    (problem,) = records.problems
+    assert problem.line == 6
+    assert "it cannot be read: field larger than field limit" in problem.reason
+    taken_in = re.search(r"a quotation mark takes in the lines up to (\d+)", problem.reason)
+    end = int(taken_in[1])
+    assert 6 < end < 50_006
+    assert records.lines.tolist() == [1, 2, 3, 4, 5, *range(end + 1, 50_007)]
+    with pytest.raises(RecordError, match="1 of 2 records .* line 2: it cannot be read"):
+        read_records([GOOD[0], "1," + "x" * 200_000 + ",SF,no"], SCHEMA)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from([*GOOD, *(line for line, _ in BAD)]), min_size=1, max_size=30))
 def test_no_line_is_lost(lines):
@@ -147,8 +162,12 @@ def test_damaged_files_are_refused(tmp_path):
     latin.write_bytes("1,é,SF,no\n".encode("latin1"))
     with pytest.raises(RecordError, match="latin.csv' is not text in UTF-8"):
         read_records(latin, SCHEMA)
-    with pytest.raises(RecordError, match="the text given is damaged"):
-        read_records(["1," + "x" * 200_000 + ",SF,no"], SCHEMA)
+    flipped = tmp_path / "flipped.csv.gz"
+    packed = bytearray(gzip.compress(b"1,x,SF,no\n" * 1000))
+    packed[12:20] = bytes(8)
+    flipped.write_bytes(packed)
+    with pytest.raises(RecordError, match="flipped.csv.gz' is damaged"):
+        read_records(flipped, SCHEMA)
     (tmp_path / "empty.csv").touch()
     with pytest.raises(RecordError, match="There is no record in '.*empty.csv'"):
         read_records(tmp_path / "empty.csv", SCHEMA)
