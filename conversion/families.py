@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from hf_vqlogits import VQLogitsConfig, VQLogitsForCausalLM, VQLogitsHead
+from hf_vqlogits import VQLogitsConfig, VQLogitsForCausalLM, VQLogitsHead, ops
 from hf_vqlogits.embedding import VQEmbedding
 from hf_vqlogits.refinement import Refinement
 
@@ -38,8 +38,7 @@ class LogitTransform:
 
     def __call__(self, raw: Tensor) -> Tensor:
         """Final logits of raw ones, any shape."""
-        scaled = raw if self.scale == 1.0 else raw * self.scale
-        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+        return ops.final_logits(raw, self.scale, self.softcap)
 
 
 @dataclass

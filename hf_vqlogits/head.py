@@ -418,12 +418,7 @@ class VQLogitsHead(CodedLayer):
 
     def postprocess(self, logits: Tensor) -> Tensor:
         """Logits (..., V) after the family's scale and soft-cap."""
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.final_logit_softcapping is not None:
-            cap = self.final_logit_softcapping
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        return ops.final_logits(logits, self.logit_scale, self.final_logit_softcapping)
 
     @torch.no_grad()
     def to_linear(self) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ slope by the learning rate, and so the gate's scores no further than a bias.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +82,10 @@ class VQLogitsMixtureHead(VQLogitsHead):
             "gate_biases": torch.zeros(self.gate_biases.shape, device="cpu"),
         }
 
+    def component_parameters(self) -> Iterator[nn.Parameter]:
+        """What the mixture has beside the codebook: factors, shifts and gate."""
+        yield from (self.factors, self.shifts, self.gate_slopes, self.gate_biases)
+
     def log_gate(self, rows: Tensor) -> Tensor:
         """Logarithm of every component's share, (N, d) -> (N, M), float32 or wider."""
         wide = torch.promote_types(rows.dtype, torch.float32)
@@ -144,8 +149,6 @@ class VQLogitsMixtureHead(VQLogitsHead):
         [`VQLogitsHead.topk`] for arguments and results.
         """
         self._check_width(hidden_states)
-        if not 1 <= k <= self.out_features:
-            raise ValueError(f"`k` must lie in 1..{self.out_features}, got {k}.")
         rows = hidden_states.reshape(-1, self.in_features)
         at_once = max(1, CHUNK_BYTES // (4 * self.out_features))
         parts = [ops.largest(self._logits(some).float(), k) for some in rows.split(at_once)]

@@ -126,44 +126,6 @@ class Refinement(nn.Module):
         """What all quantised logits have more than the dense ones, (..., d) -> (..., 1)."""
         return ops.shift(hidden_states, self._offset())
 
-    def rescore(
-        self,
-        hidden_states: Tensor,
-        values: Tensor,
-        tokens: Tensor,
-        *,
-        weight: Tensor | None = None,
-        logit_scale: float = 1.0,
-        final_logit_softcapping: float | None = None,
-    ) -> Tensor:
-        """Logits, on the dense layer's scale, of candidates that [`VQLogitsHead.topk`] found.
-
-        Args:
-            hidden_states: (..., d).
-            values: final quantised logits (..., T), descending.
-            tokens: whose they are (..., T).
-            weight: as in [`forward`].
-            logit_scale: as in [`forward`].
-            final_logit_softcapping: as in [`forward`].
-
-        Returns:
-            Logits (..., T), no longer in order: the dense layer's, or outside of the rule the
-            quantised ones.
-
-        Raises:
-            ValueError: there is no weight: none of its own and none handed in, or an offloaded one.
-        """
-        dense = self._dense(weight, logit_scale, final_logit_softcapping)
-        shifted = values - self.offset(hidden_states).to(values.dtype)
-        exact = ops.rescore(
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
-            shifted.reshape(-1, shifted.shape[-1]),
-            tokens.reshape(-1, tokens.shape[-1]),
-            dense,
-            self._rule(),
-        )
-        return exact.view(values.shape)
-
     def within(self, hidden_states: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
         """Which candidates the rule scores, bool (..., T); the arguments of [`distance`]."""
         if self.deviations is None:

@@ -11,7 +11,7 @@ from tiny import VOCABULARY, reference_logits
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from hf_vqlogits import VQLogitsForCausalLM, VQLogitsHead
+from hf_vqlogits import VQLogitsForCausalLM
 from hf_vqlogits.embedding import VQEmbedding
 from hf_vqlogits.refinement import Refinement
 
@@ -128,20 +128,6 @@ def test_half_precision_rounds_as_the_dense_layer_does(hidden, logits, dtype):
 def test_no_position_has_nothing_to_refine():
     refinement = make_refinement()
     assert refinement(torch.zeros(0, D), torch.zeros(0, V)).shape == (0, V)
-
-
-def test_candidates_of_the_head_need_no_v_logits():
-    torch.manual_seed(0)
-    fields = {"code_type": "sign", "num_codebooks": 19, "codebook_size": 2, "num_fine_tokens": 4}
-    after = {"logit_scale": 1.0, "final_logit_softcapping": None, "nested_codebooks": []}
-    head = VQLogitsHead(SimpleNamespace(vocab_size=V, hidden_size=D, **fields, **after))
-    refinement = make_refinement(deviations=1.0)
-    hidden = torch.randn(3, D)
-    with torch.no_grad():
-        values, tokens = head.topk(hidden, T)
-        exact = refinement.rescore(hidden, values, tokens)
-        refined = refinement(hidden, head(hidden))
-    torch.testing.assert_close(refined.gather(1, tokens), exact)
 
 
 def test_without_rows_it_says_what_to_hand_in(hidden, logits):

@@ -10,9 +10,9 @@ score these again.
 
 from .cross_entropy import linear_cross_entropy
 from .direct import logits
-from .eager import pack_signs, scores, unpack_signs
+from .eager import final_logits, pack_signs, scores, unpack_signs
 from .gather import gather_rows
-from .refining import Dense, Offset, Rule, distance, refine, rescore, shift
+from .refining import Dense, Offset, Rule, distance, refine, shift
 from .registration import expand
 from .squared_hinge import linear_squared_hinge
 from .top import largest, topk
@@ -23,6 +23,7 @@ __all__ = [
     "Rule",
     "distance",
     "expand",
+    "final_logits",
     "gather_rows",
     "largest",
     "linear_cross_entropy",
@@ -30,7 +31,6 @@ __all__ = [
     "logits",
     "pack_signs",
     "refine",
-    "rescore",
     "scores",
     "shift",
     "topk",

@@ -148,11 +148,9 @@ def expand(
     rows, threads = scores.shape[0], torch.get_num_threads()
     if prepared.tiles is not None:
         fine = _fine_of(path, prepared, codes, fine_ids, fine_codes)
-        logits = (
-            torch.empty(rows, codes.shape[0], dtype=scores.dtype, device="cpu")
-            if out is None
-            else out
-        )
+        logits = out
+        if logits is None:
+            logits = torch.empty(rows, codes.shape[0], dtype=scores.dtype, device="cpu")
         failed = library.vqlogits_expand_tiles(
             _PATHS[path],
             prepared.address,
@@ -218,8 +216,8 @@ def logits(
 ) -> Tensor:
     """Logits (N, V) of a few hidden states (N, d), by a path of `SCORING_PATHS`.
 
-    All in one of `TYPES`, but logits in another, `dtype`, where that is given.
-    Scores are sums of products in float32; the rest is [`expand`].
+    All in one of `TYPES`, but logits in another, `dtype`, where that is given. Scores are sums of
+    products in float32; the rest is [`expand`].
 
     Raises:
         IndexError: as [`expand`].

@@ -111,6 +111,13 @@ def scores(hidden: Tensor, codebook: Tensor, codebook_bias: Tensor, *, scale: fl
     return flat.view(-1, *codebook_bias.shape)
 
 
+def final_logits(raw: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """What a family makes of raw logits (...): scaled, then c tanh(z / c); c None leaves them."""
+    if logit_scale != 1.0:
+        raw = raw * logit_scale
+    return raw if softcap is None else softcap * torch.tanh(raw / softcap)
+
+
 def expand(
     scores: Tensor,
     codes: Tensor,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends, cpu_refining
+from .eager import final_logits
 from .top import check_k, largest
 
 CHUNK_BYTES = 64 << 20  # of rows of the dense weight that are gathered at a time
@@ -92,11 +93,11 @@ def refine(
     if in_place:
         tokens = largest(logits.sub_(less), top_k)[1]
         values = logits.gather(-1, tokens)  # of token 0 too, where it stands for no number
-        return logits.scatter_(-1, tokens, rescore(hidden, values, tokens, dense, rule))
+        return logits.scatter_(-1, tokens, _scored(hidden, values, tokens, dense, rule))
     shifted = logits - less
     tokens = largest(shifted, top_k)[1]
     values = shifted.gather(-1, tokens)  # with gradient, for what the rule leaves out
-    return shifted.scatter(-1, tokens, rescore(hidden, values, tokens, dense, rule))
+    return shifted.scatter(-1, tokens, _scored(hidden, values, tokens, dense, rule))
 
 
 def shift(hidden: Tensor, offset: Offset) -> Tensor:
@@ -106,39 +107,13 @@ def shift(hidden: Tensor, offset: Offset) -> Tensor:
     return torch.nn.functional.linear(hidden.to(wide), common.unsqueeze(0), bias)
 
 
-def rescore(
-    hidden: Tensor, values: Tensor, tokens: Tensor, dense: Dense, rule: Rule | None
-) -> Tensor:
-    """Logits of candidates: the dense layer's, or where the rule leaves them out their own.
-
-    Args:
-        hidden: (N, d).
-        values: final quantised logits on the dense layer's scale (N, T), the best first.
-        tokens: whose they are (N, T).
-        dense: scores them.
-        rule: which are scored; None for all.
-
-    Returns:
-        (N, T) in the type of `values`; differentiable in `hidden` and `values`.
-    """
-    if not tokens.numel():
-        return values
-    at_once = max(1, CHUNK_BYTES // (4 * tokens.shape[1] * hidden.shape[1]))
-    parts = zip(hidden.split(at_once), tokens.split(at_once), strict=True)
-    raw = torch.cat([_raw_logits(some, chosen, dense) for some, chosen in parts])
-    exact = _postprocessed(raw, dense).to(values.dtype)
-    if rule is None:
-        return exact
-    return torch.where(distance(hidden, values, tokens, rule) <= rule.deviations, exact, values)
-
-
 def distance(hidden: Tensor, values: Tensor, tokens: Tensor, rule: Rule) -> Tensor:
     """How far candidates lie below the best one, in deviations of the errors.
 
     Args:
         hidden: (..., d).
-        values: (..., T), as in [`rescore`].
-        tokens: (..., T).
+        values: (..., T), their logits on the dense layer's scale, the best first.
+        tokens: (..., T), the candidates.
         rule: of the errors.
 
     Returns:
@@ -152,17 +127,27 @@ def distance(hidden: Tensor, values: Tensor, tokens: Tensor, rule: Rule) -> Tens
     return below / deviation.clamp_min(torch.finfo(torch.float32).tiny)
 
 
+def _scored(
+    hidden: Tensor, values: Tensor, tokens: Tensor, dense: Dense, rule: Rule | None
+) -> Tensor:
+    """The dense logits of candidates (N, T), or `values` where the rule leaves them out."""
+    if not tokens.numel():
+        return values
+    at_once = max(1, CHUNK_BYTES // (4 * tokens.shape[1] * hidden.shape[1]))
+    if len(hidden) <= at_once:  # as in decoding, where every operation counts
+        raw = _raw_logits(hidden, tokens, dense)
+    else:
+        parts = zip(hidden.split(at_once), tokens.split(at_once), strict=True)
+        raw = torch.cat([_raw_logits(some, chosen, dense) for some, chosen in parts])
+    exact = final_logits(raw, dense.logit_scale, dense.softcap).to(values.dtype)
+    if rule is None:
+        return exact
+    return torch.where(distance(hidden, values, tokens, rule) <= rule.deviations, exact, values)
+
+
 def _raw_logits(hidden: Tensor, tokens: Tensor, dense: Dense) -> Tensor:
     """Before scale and soft-cap, rounded as the layer's."""
     weight = dense.weight
     rows = weight[tokens.to(weight.device)].to(hidden.device)
     added = dense.bias[tokens].to(rows).unsqueeze(-1)
     return torch.baddbmm(added, rows, hidden.to(rows.dtype).unsqueeze(-1)).squeeze(-1)
-
-
-def _postprocessed(raw: Tensor, dense: Dense) -> Tensor:
-    if dense.logit_scale != 1.0:
-        raw = raw * dense.logit_scale
-    if dense.softcap is not None:
-        raw = dense.softcap * torch.tanh(raw / dense.softcap)
-    return raw

@@ -297,7 +297,7 @@ struct Kernel {
     const int64_t row_bytes = coding.vocabulary * (type == Type::kFloat32 ? 4 : 2);
     for (int64_t first = 0; first < rows; first += kBatchRows) {
       const avx512::Store store{type, static_cast<char*>(out) + first * row_bytes,
-                               coding.vocabulary};
+                                coding.vocabulary};
       expand_batch(coding, scores + first * coding.codebooks, tiles, fine,
                    std::min(kBatchRows, rows - first), store, threads);
     }
