@@ -31,8 +31,9 @@ from rich.table import Table
 from hf_vqlogits.conversion.codebooks import perplexity_bound
 from hf_vqlogits.conversion.options import DISTILL_STEPS
 
-from .pairing import at_edge, pair, paired
+from .pairing import pair, paired
 from .protocol import MODELS, load_case
+from .rates import at_edge
 from .results_file import ResultsFile
 from .training import Schedule
 from .trainings import DENSE, ROWS, Bench, Row

@@ -28,7 +28,8 @@ from hf_vqlogits.gru_svm import GRUSVMFeatureExtractor, TrafficRecords, nsl_kdd_
 from .detection import SCORES, mean_confusion, mean_curve
 from .gru_svm_claims import PAPER, accuracy_claim, time_claim
 from .gru_svm_training import Recipe, build, peers, run_gru, run_peer
-from .pairing import at_edge, spread
+from .pairing import spread
+from .rates import at_edge
 from .record import record, write
 from .roc_plot import plot
 from .work_folder import WorkFolder

@@ -1,18 +1,22 @@
 """The squared hinge loss beside cross-entropy: the same body and heads, trained equally by each.
 
-    python -m benchmarks.margins --output benchmarks/results/margins.json
+    python -m benchmarks.margins --work FOLDER --output benchmarks/results/margins.json
 
 gpt2-novels' body with random quantised heads of one size, which train together on novels, no row
-twice: the same rows in the same order, the best of some learning rates for each loss by the share
-of next tokens that are the most likely one, on rows kept out. Judged on the evaluation
-text: that share, and the perplexity. Margins are no log-probabilities: theirs is that of
-softmax(t logits), t fitted to the rows kept out, as Platt's scaling does it; that of cross-entropy
-is given both ways.
+twice: the same rows in the same order. Judged on the evaluation text: the share of next tokens that
+are the most likely one, and the perplexity. Margins are no log-probabilities: theirs is that of
+softmax(t logits), t fitted to rows kept out, as Platt's scaling does it; that of cross-entropy is
+given both ways.
+
+For each loss the learning rate is the best of those given, or of some beyond the last of them, on
+rows kept out: once by that share, and once by that perplexity. Where these are two rates, the loss
+has a row for each. Every finished training is kept in `--work`, and the same command goes on there.
 """
 
 import argparse
 import math
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,13 +32,20 @@ from hf_vqlogits.conversion.sizes import choose_size
 from hf_vqlogits.conversion.streaming import hidden_states
 
 from .protocol import Case, further_novels, load_case
+from .rates import at_edge, best, search
 from .record import record, write
 from .training import Schedule, fine_tune, training_rows
+from .work_folder import WorkFolder
 
 RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
-HELD_ROWS = 16
+HELD_ROWS = 64
+SCALE_ROWS = 16  # of these, to fit t to
 TEMPERATURES = 40  # on a logarithmic grid between 1/10 and 100
+CRITERIA: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "right tokens": lambda made: -made["right_on_rows_kept_out"],
+    "perplexity": lambda made: made["nats_on_rows_kept_out"],
+}
 
 
 def make_model(case: Case, reduction: float, loss: str, seed: int) -> VQLogitsForCausalLM:
@@ -81,52 +92,82 @@ def judge(model: PreTrainedModel, held: Tensor, texts: dict[str, Tensor]) -> dic
 
     Args:
         model: trained.
-        held: token ids (rows, context + 1) that t is fitted to.
+        held: token ids (rows, context + 1); t is fitted to the first of them.
         texts: likewise, by name.
     """
     grid = [10 ** (-1 + 3 * i / (TEMPERATURES - 1)) for i in range(TEMPERATURES)]
-    of_held, right = _nats_and_hits(model, held, grid)
-    best = min(grid, key=lambda t: of_held[t])
+    fitted, _ = _nats_and_hits(model, held[:SCALE_ROWS], grid)
+    t = min(grid, key=lambda one: fitted[one])
+    of_held, right = _nats_and_hits(model, held, (t,))
     judged = {}
     for text, blocks in texts.items():
-        nats, share = _nats_and_hits(model, blocks, (1.0, best))
+        nats, share = _nats_and_hits(model, blocks, (1.0, t))
         judged[text] = {
             "right": share,
             "perplexity": math.exp(min(nats[1.0], 700.0)),
-            "perplexity_scaled": math.exp(min(nats[best], 700.0)),
+            "perplexity_scaled": math.exp(min(nats[t], 700.0)),
         }
-    return {"right_on_rows_kept_out": right, "factor_on_logits": best, "texts": judged}
+    return {
+        "right_on_rows_kept_out": right,
+        "nats_on_rows_kept_out": of_held[t],
+        "factor_on_logits": t,
+        "factor_at_edge": at_edge(t, grid),
+        "texts": judged,
+    }
 
 
-def measure(
-    case: Case,
-    text: Tensor,
-    schedule: Schedule,
-    *,
-    reduction: float,
-    rates: Iterable[float],
-    seeds: Iterable[int],
-) -> list[dict[str, Any]]:
-    """One row of figures for each loss: the best rate by the first seed, then all seeds."""
-    held = text[-HELD_ROWS:]
-    rows = training_rows(text[:-HELD_ROWS], schedule.context)
-    first, *others = seeds
-    found = []
-    for loss in OUTPUT_LOSSES:
+class Bench:
+    """Trainings of one case, kept in a folder.
 
-        def run(rate: float, seed: int, loss: str = loss) -> dict[str, Any]:
-            model = make_model(case, reduction, loss, seed)
-            losses = fine_tune(model, rows, schedule, learning_rate=rate, seed=seed)
-            made = judge(model, held, case.evaluation) | {"learning_rate": rate, "seed": seed}
+    Args:
+        case: the model, and the evaluation text.
+        text: token ids (rows, context + 1) to train on; the last `HELD_ROWS` are kept out.
+        schedule: of every training.
+        reduction: share of the output layer's parameters that a head saves.
+        work: where finished trainings are kept.
+    """
+
+    def __init__(
+        self, case: Case, text: Tensor, schedule: Schedule, reduction: float, work: WorkFolder
+    ):
+        self.case, self.schedule, self.reduction, self.work = case, schedule, reduction, work
+        self.held = text[-HELD_ROWS:]
+        self.rows = training_rows(text[:-HELD_ROWS], schedule.context)
+
+    def run(self, loss: str, rate: float, seed: int) -> dict[str, Any]:
+        """Train by one loss, and judge it."""
+
+        def make() -> dict[str, Any]:
+            model = make_model(self.case, self.reduction, loss, seed)
+            losses = fine_tune(model, self.rows, self.schedule, learning_rate=rate, seed=seed)
+            made = judge(model, self.held, self.case.evaluation)
+            made |= {"learning_rate": rate, "seed": seed}
             made["last_losses"] = mean(losses[-max(1, len(losses) // 10) :])
-            print(f"{loss}, rate {rate:g}, seed {seed}: {made['right_on_rows_kept_out']:.1%} right")
+            right = made["right_on_rows_kept_out"]
+            print(f"{loss}, rate {rate:g}, seed {seed}: {right:.2%} right", flush=True)
             return made
 
-        tried = [run(rate, first) for rate in rates]
-        best = max(tried, key=lambda made: made["right_on_rows_kept_out"])
-        runs = [best, *(run(best["learning_rate"], seed) for seed in others)]
-        found.append({"output_loss": loss, "learning_rates": tried, "runs": runs})
-    return found
+        return self.work.result(f"{loss}-rate{rate:g}-seed{seed}", make)
+
+    def measure(self, loss: str, rates: Sequence[float], seeds: Sequence[int]) -> list[Any]:
+        """One row of figures for each rate that is the best one by some criterion."""
+        first, *others = seeds
+        tried: dict[float, dict[str, Any]] = {}
+        chosen: dict[float, list[str]] = {}
+        for name, criterion in CRITERIA.items():
+            found = search(lambda rate: self.run(loss, rate, first), rates, criterion)
+            tried |= found
+            chosen.setdefault(best(found, criterion), []).append(name)
+        return [
+            {
+                "output_loss": loss,
+                "chosen_by": names,
+                "rate_at_edge": at_edge(rate, list(tried)),
+                "learning_rates": [tried[one] for one in sorted(tried)],
+                "runs": [tried[rate], *(self.run(loss, rate, seed) for seed in others)],
+            }
+            for rate, names in chosen.items()
+        ]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -138,9 +179,10 @@ def show(rows: list[dict[str, Any]]) -> None:
                 mean(one[name] for one in figures)
                 for name in ("right", "perplexity", "perplexity_scaled")
             )
+            chosen = " and ".join(row["chosen_by"])
             print(
-                f"{row['output_loss']}, {text}: {right:.2%} of tokens right, perplexity "
-                f"{plain:.1f}, of scaled logits {scaled:.1f}"
+                f"{row['output_loss']}, rate by {chosen}, {text}: {right:.2%} of tokens right, "
+                f"perplexity {plain:.1f}, of scaled logits {scaled:.1f}"
             )
 
 
@@ -152,6 +194,7 @@ def main() -> None:
     p.add_argument("--param-reduction", type=float, default=0.99)
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--quick", action="store_true", help="two steps, one rate and seed, little text")
+    p.add_argument("--work", type=Path, help="folder of what is done; default nothing is kept")
     p.add_argument("--output", type=Path, required=True)
     options = p.parse_args()
     case = load_case("gpt2-novels", options.data, options.models, quick=options.quick)
@@ -161,18 +204,22 @@ def main() -> None:
     rates, seeds = (RATES[1:2], SEEDS[:1]) if options.quick else (RATES, SEEDS)
     wanted = steps * schedule.tokens_per_step + HELD_ROWS * context
     text = further_novels(case, options.data, wanted + 4 * context)  # files end in mid-row
-    rows = measure(
-        case, text, schedule, reduction=options.param_reduction, rates=rates, seeds=seeds
-    )
-    result = record(
-        "margins",
-        quick=options.quick,
-        model=case.name,
-        param_reduction=options.param_reduction,
-        schedule=vars(schedule),
-        seeds=list(seeds),
-        rows=rows,
-    )
+    settings = {
+        "quick": options.quick,
+        "model": case.name,
+        "param_reduction": options.param_reduction,
+        "schedule": vars(schedule),
+        "candidate_rates": list(rates),
+        "held_rows": HELD_ROWS,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            work = WorkFolder(options.work or Path(folder), settings)
+        except ValueError as error:
+            p.error(str(error))
+        bench = Bench(case, text, schedule, options.param_reduction, work)
+        rows = [row for loss in OUTPUT_LOSSES for row in bench.measure(loss, rates, seeds)]
+    result = record("margins", **settings, seeds=list(seeds), rows=rows)
     write(result, options.output)
     show(rows)
 

@@ -5,11 +5,14 @@
 Each row is a head for gpt2-novels that the converter fits, of as many parameters as sign codes at
 `--param-reduction`: a mixture has fewer codewords, and so fewer bits a token, by what its gate,
 factors and shifts take. It is split, and the whole model trains on novels that the fit has not
-seen, no row twice: the same rows in the same order, the best of some learning rates by the loss on
-rows kept out. Judged on the evaluation text, before and after; beside it the time of one row's
-logits and of the loss of 256 rows, in turns with one softmax.
+seen, no row twice: the same rows in the same order, the best of some learning rates, or of some
+beyond the last of them, by the loss on rows kept out. A mixture's components begin nearly alike, so
+what only a mixture has learns at `MIXTURE_FACTORS` times the rate of the rest, the best of these
+likewise. Judged on the evaluation text, before and after; beside it the time of one row's logits
+and of the loss of 256 rows, in turns with one softmax.
 
-Each row is written when it is done, and one that the output holds is not made again.
+Each training is kept in `--work` and each row is written when it is done; what is there is not made
+again.
 """
 
 import argparse
@@ -33,10 +36,12 @@ from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize, choose_size
 from hf_vqlogits.conversion.timing import paired_medians
 from hf_vqlogits.gates import LINEAR
+from hf_vqlogits.mixture import VQLogitsMixtureHead
 
 from .calibrated import calibrated
 from .models import fit_head, quantised_model
 from .protocol import Case, further_novels, load_case
+from .rates import at_edge, best, search
 from .results_file import ResultsFile
 from .training import Schedule, fine_tune, judge, training_rows
 from .work_folder import WorkFolder
@@ -44,6 +49,7 @@ from .work_folder import WorkFolder
 # M and the activation of the gate.
 MIXTURES = ((1, LINEAR), (2, LINEAR), (2, "gelu"), (4, LINEAR))
 RATES = (1e-4, 3e-4, 1e-3)
+MIXTURE_FACTORS = (30.0, 1.0)  # the first while the rate is searched
 SEEDS = (0, 1, 2)
 HELD_ROWS = 16
 LOSS_ROWS = 256
@@ -67,13 +73,13 @@ class Bench:
     Args:
         case: heads are fitted to its calibration text.
         text: to train on (rows, context + 1); the last `HELD_ROWS` choose the learning rate.
-        work: where the statistics of the calibration text are kept.
+        work: where the statistics of the calibration text, and trainings, are kept.
         schedule: of every training.
         seed: of the fit.
     """
 
     def __init__(self, case: Case, text: Tensor, work: WorkFolder, schedule: Schedule, seed: int):
-        self.case = case
+        self.case, self.work = case, work
         self.held = {"held": text[-HELD_ROWS:]}
         self.rows = training_rows(text[:-HELD_ROWS], schedule.context)
         self.schedule = schedule
@@ -93,22 +99,64 @@ class Bench:
         return model.eval()
 
     def run(
-        self, size: HeadSize, head: VQLogitsHead, gate: dict[str, Any], rate: float, seed: int
+        self,
+        size: HeadSize,
+        head: VQLogitsHead,
+        gate: dict[str, Any],
+        rate: float,
+        factor: float,
+        seed: int,
     ) -> dict[str, Any]:
         """Train one model, and judge it."""
-        model = self.model(size, head, gate, seed)
-        losses = fine_tune(model, self.rows, self.schedule, learning_rate=rate, seed=seed)
-        made: dict[str, Any] = {
-            "learning_rate": rate,
-            "seed": seed,
-            "held_out_nats": judge(model, self.held)["held"].nats,
-            "last_losses": mean(losses[-max(1, len(losses) // 10) :]),
-            "perplexity": self.perplexities(model),
+
+        def make() -> dict[str, Any]:
+            model = self.model(size, head, gate, seed)
+            schedule = replace(self.schedule, mixture_factor=factor)
+            losses = fine_tune(model, self.rows, schedule, learning_rate=rate, seed=seed)
+            made: dict[str, Any] = {
+                "learning_rate": rate,
+                "mixture_factor": factor,
+                "seed": seed,
+                "held_out_nats": judge(model, self.held)["held"].nats,
+                "last_losses": mean(losses[-max(1, len(losses) // 10) :]),
+                "perplexity": self.perplexities(model),
+            }
+            if gate["num_mixtures"] > 1:
+                made |= {"shares": self.shares(model), "differences": differences(model.lm_head)}
+            told = f"{gate}, rate {rate:g} (x{factor:g}), seed {seed}"
+            print(f"{told}: {made['held_out_nats']:.4f} nats", flush=True)
+            return made
+
+        kind = f"{gate['num_mixtures']}-{gate['gate_activation']}"
+        return self.work.result(f"{kind}-rate{rate:g}-factor{factor:g}-seed{seed}", make)
+
+    def trainings(
+        self,
+        size: HeadSize,
+        head: VQLogitsHead,
+        gate: dict[str, Any],
+        rates: Sequence[float],
+        seeds: Sequence[int],
+    ) -> dict[str, Any]:
+        """All that were tried with the first seed, and all seeds of the best one."""
+        first, *others = seeds
+        factors = MIXTURE_FACTORS if gate["num_mixtures"] > 1 else (1.0,)
+
+        def train(rate: float, factor: float, seed: int = first) -> dict[str, Any]:
+            return self.run(size, head, gate, rate, factor, seed)
+
+        def loss(made: Mapping[str, Any]) -> float:
+            return float(made["held_out_nats"])
+
+        found = search(lambda rate: train(rate, factors[0]), rates, loss)
+        rate = best(found, loss)
+        by_factor = {factors[0]: found[rate]} | {one: train(rate, one) for one in factors[1:]}
+        factor = best(by_factor, loss)
+        return {
+            "rate_at_edge": at_edge(rate, list(found)),
+            "tried": [*found.values(), *(by_factor[one] for one in factors[1:])],
+            "runs": [by_factor[factor], *(train(rate, factor, seed) for seed in others)],
         }
-        if gate["num_mixtures"] > 1:
-            made["shares"] = self.shares(model)
-        print(f"{gate}, rate {rate:g}, seed {seed}: {made['held_out_nats']:.4f} nats", flush=True)
-        return made
 
     def perplexities(self, model: Any) -> dict[str, float]:
         """By text."""
@@ -121,6 +169,15 @@ class Bench:
         hidden = model.base_model(ids).last_hidden_state.flatten(0, 1).float()
         gate = model.lm_head.log_gate(hidden).exp()
         return {"mean": gate.mean(0).tolist(), "largest": float(gate.max(-1).values.mean())}
+
+
+@torch.no_grad()
+def differences(head: VQLogitsMixtureHead) -> dict[str, float]:
+    """How far components are from their mean, root mean square: factors, and shifts likewise."""
+    return {
+        name: float((tensor - tensor.mean(0)).square().mean().sqrt())
+        for name, tensor in (("factors", head.factors), ("shifts", head.shifts))
+    }
 
 
 def measure(
@@ -143,9 +200,7 @@ def measure(
         size = size_of(num_mixtures, vocab_size, hidden_size, reduction)
         head = bench.fitted(size)
         untrained = bench.model(size, head, gate, seeds[0])
-        tried = [bench.run(size, head, gate, rate, seeds[0]) for rate in rates]
-        best = min(tried, key=lambda made: made["held_out_nats"])
-        others = [bench.run(size, head, gate, best["learning_rate"], seed) for seed in seeds[1:]]
+        trainings = bench.trainings(size, head, gate, rates, seeds)
         if plain is None:
             plain = head if num_mixtures == 1 else bench.fitted(one)
         row = {
@@ -153,8 +208,7 @@ def measure(
             "num_codebooks": size.num_codebooks,
             **untrained.lm_head.storage(),
             "untrained": bench.perplexities(untrained),
-            "learning_rates": tried,
-            "runs": [best, *others],
+            **trainings,
             "seconds": times(plain, untrained.lm_head),
         }
         results.add([row])
@@ -191,13 +245,14 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
     table = Table(title="mixtures of softmaxes, gpt2-novels")
     for column in ("M", "gate", "R", "parameters", "untrained", "trained", "least to most"):
         table.add_column(column, justify="right")
-    for column in ("largest share", "logits, one row", "loss"):
+    for column in ("largest share", "factors differ", "logits, one row", "loss"):
         table.add_column(column, justify="right")
     for row in rows:
         for text in row["untrained"]:
             found = [made["perplexity"][text] for made in row["runs"]]
             seconds = row["seconds"]
             gated = [made["shares"]["largest"] for made in row["runs"] if "shares" in made]
+            differ = [made["differences"]["factors"] for made in row["runs"] if "shares" in made]
             table.add_row(
                 str(row["num_mixtures"]),
                 row["gate_activation"],
@@ -207,6 +262,7 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
                 f"{mean(found):.3f}",
                 f"{min(found):.3f} to {max(found):.3f}",
                 f"{mean(gated):.2f}" if gated else "",
+                f"{mean(differ):.3f}" if differ else "",
                 *(
                     f"x{seconds[name] / seconds[f'{name}_of_one_softmax']:.2f}"
                     for name in ("logits", "loss")
@@ -224,7 +280,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=150)
     p.add_argument("--seed", type=int, default=0, help="of the fit")
     p.add_argument("--quick", action="store_true", help="two rows of two steps, one rate and seed")
-    p.add_argument("--work", type=Path, help="folder of the statistics; default none are kept")
+    p.add_argument("--work", type=Path, help="folder of what is done; default none is kept")
     p.add_argument("--output", type=Path, required=True, help="JSON; rows in it are kept")
     options = p.parse_args()
     case = load_case("gpt2-novels", options.data, options.models, quick=options.quick)
@@ -232,19 +288,21 @@ def main() -> None:
     steps = 2 if options.quick else options.steps
     schedule = Schedule(steps, tokens_per_step=4 * context, batch_size=4, context=context)
     rates, seeds = (RATES[1:2], SEEDS[:1]) if options.quick else (RATES, SEEDS)
-    kept = {"seed": options.seed, "quick": options.quick}
     settings: dict[str, Any] = {
-        **kept,
+        "seed": options.seed,
+        "quick": options.quick,
         "model": case.name,
         "param_reduction": options.param_reduction,
         "schedule": vars(schedule),
         "candidate_rates": list(rates),
+        "mixture_factors": list(MIXTURE_FACTORS),
         "seeds": list(seeds),
+        "held_rows": HELD_ROWS,
         "loss_rows": LOSS_ROWS,
     }
     with tempfile.TemporaryDirectory() as folder:
         try:
-            work = WorkFolder(options.work or Path(folder), kept)
+            work = WorkFolder(options.work or Path(folder), settings)
             results = ResultsFile(options.output, "mixtures", settings=settings)
         except ValueError as error:
             p.error(str(error))

@@ -7,6 +7,10 @@ from typing import Any
 from .markdown import is_there, results, table, times
 
 
+def _rate(rate: float, at_edge: bool) -> str:
+    return f"{rate:g} (the last tried)" if at_edge else f"{rate:g}"
+
+
 def gru_svm() -> str:
     """GRU-SVM beside GRU-softmax and others; nothing where they are not measured."""
     if not is_there("gru_svm"):
@@ -20,7 +24,7 @@ def gru_svm() -> str:
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
         yield row["name"]
-        yield f"{row['rate']:g}" if row["network"] else ""
+        yield _rate(row["rate"], row["rate_at_edge"]) if row["network"] else ""
         yield f"**{row['accuracy']['mean']:.2%}**"
         yield " to ".join(f"{row['accuracy'][end]:.2%}" for end in ("least", "most"))
         for score in scores[1:]:
@@ -61,8 +65,8 @@ def margins() -> str:
     rows = results("margins")["rows"]
     texts = list(rows[0]["runs"][0]["texts"])
     header = (
-        f"loss | learning rate | right tokens, {' / '.join(texts)} | least to most | perplexity | "
-        "of scaled logits"
+        f"loss | learning rate | best by | right tokens, {' / '.join(texts)} | least to most | "
+        "perplexity | of scaled logits"
     )
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
@@ -70,7 +74,8 @@ def margins() -> str:
             return [[made["texts"][text][name] for made in row["runs"]] for text in texts]
 
         yield row["output_loss"]
-        yield f"{row['runs'][0]['learning_rate']:g}"
+        yield _rate(row["runs"][0]["learning_rate"], row["rate_at_edge"])
+        yield ", ".join(row["chosen_by"])
         yield " / ".join(f"**{mean(one):.2%}**" for one in each("right"))
         yield " / ".join(f"{min(one):.2%} to {max(one):.2%}" for one in each("right"))
         yield " / ".join(f"{mean(one):,.2f}" for one in each("perplexity"))
@@ -88,7 +93,7 @@ def mixtures() -> str:
     header = (
         "softmaxes | gate | R | float parameters | learning rate | perplexity, "
         f"{' / '.join(texts)}: converted | trained | least to most | largest share | "
-        "one row's logits | loss"
+        "factors differ by | one row's logits | loss"
     )
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
@@ -98,11 +103,12 @@ def mixtures() -> str:
         yield "" if one else row["gate_activation"]
         yield str(row["num_codebooks"])
         yield f"{row['float_parameters']:,}"
-        yield f"{row['runs'][0]['learning_rate']:g}"
+        yield _rate(row["runs"][0]["learning_rate"], row["rate_at_edge"])
         yield " / ".join(f"{row['untrained'][text]:.3f}" for text in texts)
         yield " / ".join(f"**{mean(runs):.3f}**" for runs in found)
         yield " / ".join(f"{min(runs):.3f} to {max(runs):.3f}" for runs in found)
         yield "" if one else f"{mean(made['shares']['largest'] for made in row['runs']):.2f}"
+        yield "" if one else f"{mean(made['differences']['factors'] for made in row['runs']):.3f}"
         for name in ("logits", "loss"):
             yield times(row["seconds"][name] / row["seconds"][f"{name}_of_one_softmax"])
 

@@ -1,4 +1,4 @@
-"""Fine-tuned models against dense ones: the choice of the rate, and pairs of the same seed.
+"""Fine-tuned models against dense ones, in pairs of the same seed.
 
 A run is what `benchmarks.finetuned` keeps of one training: `rate`, `seed`, `held_out_nats` (on
 training text that was kept out of the training), and for every text the mean `nats` a token and
@@ -10,28 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Run = Mapping[str, Any]
-
-
-def choose_rate(runs: Sequence[Run]) -> float:
-    """The learning rate with the least loss on the text kept out; one that diverged never.
-
-    Args:
-        runs: of one model and one seed, a rate each.
-
-    Raises:
-        ValueError: none has a finite loss.
-    """
-    finite = [run for run in runs if math.isfinite(run["held_out_nats"])]
-    if not finite:
-        rates = ", ".join(f"{run['rate']:g}" for run in runs)
-        raise ValueError(f"No training stayed finite (learning rates {rates}); try smaller ones.")
-    best: float = min(finite, key=lambda run: run["held_out_nats"])["rate"]
-    return best
-
-
-def at_edge(rate: float, rates: Sequence[float]) -> bool:
-    """Whether the rate is the first or last of those tried, so that a better one may lie beyond."""
-    return rate in (min(rates), max(rates))
 
 
 def pair(run: Run, dense: Run, untuned: Run) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from hf_vqlogits.coded import CodedLayer
 from hf_vqlogits.conversion.comparison import HeadScore, compare_heads
 from hf_vqlogits.conversion.streaming import hidden_states
+from hf_vqlogits.mixture import VQLogitsMixtureHead
 from hf_vqlogits.ops.precision import product_dtype
 
 WARMUP = 0.1  # of the steps
@@ -37,6 +38,7 @@ class Schedule:
         context: tokens of a row.
         head_factor: the learning rate of codewords, biases and offsets of coded layers, over that
             of everything else. A dense model has no such parameters.
+        mixture_factor: likewise of factors, shifts and gate of a mixture of softmaxes, on top.
     """
 
     steps: int
@@ -44,6 +46,7 @@ class Schedule:
     batch_size: int
     context: int
     head_factor: float = 1.0
+    mixture_factor: float = 1.0
 
     def __post_init__(self) -> None:
         pass_tokens = self.batch_size * self.context
@@ -111,9 +114,9 @@ def fine_tune(
         raise ValueError(f"`what` must be one of {', '.join(WHAT)}; got {what!r}.")
     model.requires_grad_(what == "all")
     model.get_output_embeddings().requires_grad_(True)
-    groups = parameter_groups(model, learning_rate, schedule.head_factor)
+    groups = parameter_groups(model, learning_rate, schedule)
     trained = [parameter for group in groups for parameter in group["params"]]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     warm_up = math.ceil(WARMUP * schedule.steps)
     rates = get_cosine_schedule_with_warmup(optimiser, warm_up, schedule.steps)
     device = model.device
@@ -143,21 +146,22 @@ def fine_tune(
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, head_factor: float
+    model: nn.Module, learning_rate: float, schedule: Schedule
 ) -> list[dict[str, Any]]:
-    """Trainable parameters, each once: those of coded layers, and the others, with their rates."""
-    coded = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, CodedLayer)
-        for parameter in module.parameters()
-    }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if id(p) in coded], "lr": head_factor * learning_rate},
-        {"params": [p for p in trained if id(p) not in coded], "lr": learning_rate},
-    ]
-    return [group for group in groups if group["params"]]
+    """Trainable parameters, each once and with its rate: of coded layers, mixtures, the others."""
+    factors: dict[int, float] = {}
+    for module in model.modules():
+        if isinstance(module, CodedLayer):
+            factors |= {id(parameter): schedule.head_factor for parameter in module.parameters()}
+    for module in model.modules():
+        if isinstance(module, VQLogitsMixtureHead):
+            for parameter in module.component_parameters():
+                factors[id(parameter)] = schedule.head_factor * schedule.mixture_factor
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
+    return [{"params": some, "lr": factor * learning_rate} for factor, some in groups.items()]
 
 
 def _order(rows: int, wanted: int, seed: int) -> Tensor:

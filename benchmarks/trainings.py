@@ -16,8 +16,9 @@ from hf_vqlogits.conversion.sizes import HeadSize, choose_size
 
 from .calibrated import calibrated
 from .models import dense_model, fit_head, quantised_model
-from .pairing import Run, choose_rate
+from .pairing import Run
 from .protocol import Case
+from .rates import best
 from .training import Schedule, fine_tune, first_tokens, judge, training_rows
 from .work_folder import WorkFolder
 
@@ -219,7 +220,7 @@ class Bench:
 
     def trained(self, row: Row) -> dict[int, Run]:
         """Trainings of a row at the rate that was best with the first seed, by seed."""
-        rate = choose_rate(self.trials(row))
+        rate = self._best_rate(row)
         return {seed: self.run(row, rate, seed) for seed in self.seeds}
 
     def missing(self, row: Row) -> int:
@@ -228,8 +229,12 @@ class Bench:
         undone = sum(not self._work.has(self.run_name(row, rate, first)) for rate in self.rates)
         if undone:
             return undone + len(others)
-        rate = choose_rate(self.trials(row))
+        rate = self._best_rate(row)
         return sum(not self._work.has(self.run_name(row, rate, seed)) for seed in others)
+
+    def _best_rate(self, row: Row) -> float:
+        by_rate = {run["rate"]: run for run in self.trials(row)}
+        return best(by_rate, lambda run: float(run["held_out_nats"]))
 
     def _tell_of(self, row: Row, run: Run) -> None:
         """Say how a training went, and how long the missing ones will take at this pace."""

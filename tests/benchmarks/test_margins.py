@@ -17,15 +17,25 @@ def test_both_losses_learn_and_are_judged(tiny_case, tmp_path, monkeypatch, caps
     monkeypatch.setattr(margins, "SEEDS", (0, 1))
     output = tmp_path / "margins.json"
     words = ["margins", "--steps", "60", "--param-reduction", "0.9", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", [*words, "--work", str(tmp_path / "work")])
     margins.main()
     result = json.loads(output.read_text())
     rows = {row["output_loss"]: row for row in result["rows"]}
     assert list(rows) == ["cross_entropy", "squared_hinge"]
-    for row in rows.values():
-        assert len(row["learning_rates"]) == len(row["runs"]) == 2
-        best = max(made["right_on_rows_kept_out"] for made in row["learning_rates"])
-        assert row["runs"][0]["right_on_rows_kept_out"] == best
+    for loss in rows:
+        chosen = [
+            name
+            for row in result["rows"]
+            if row["output_loss"] == loss
+            for name in row["chosen_by"]
+        ]
+        assert sorted(chosen) == ["perplexity", "right tokens"]
+    for row in result["rows"]:
+        assert len(row["runs"]) == 2
+        assert {made["learning_rate"] for made in row["learning_rates"]} >= {1e-2, 3e-2}
+        for name in row["chosen_by"]:
+            of = margins.CRITERIA[name]
+            assert of(row["runs"][0]) == min(map(of, row["learning_rates"]))
         for made in row["runs"]:
             # Each token is followed by a certain one of 40.
             assert made["texts"]["novels"]["right"] > 0.5
@@ -34,6 +44,15 @@ def test_both_losses_learn_and_are_judged(tiny_case, tmp_path, monkeypatch, caps
     assert margin["factor_on_logits"] > 1
     assert margin["texts"]["novels"]["perplexity"] > margin["texts"]["novels"]["perplexity_scaled"]
     assert "of tokens right" in capsys.readouterr().out
+
+    monkeypatch.setattr(margins, "fine_tune", None)  # nothing is trained again
+    margins.main()
+    assert json.loads(output.read_text()) == result
+    words[2] = "61"
+    monkeypatch.setattr(sys, "argv", [*words, "--work", str(tmp_path / "work")])
+    with pytest.raises(SystemExit, match="2"):
+        margins.main()
+    assert "is of other settings" in capsys.readouterr().err
 
 
 def test_only_the_loss_and_the_common_codeword_differ(tiny_case):

@@ -25,11 +25,18 @@ def test_results_and_table(tiny_case, tmp_path, monkeypatch, capsys):
     assert list(rows) == list(mixtures.MIXTURES)
     one = rows[1, "linear"]
     for (num_mixtures, _), row in rows.items():
-        assert len(row["learning_rates"]) == len(row["runs"]) == 2
-        best = min(made["held_out_nats"] for made in row["learning_rates"])
-        assert row["runs"][0]["held_out_nats"] == best
-        assert [made["seed"] for made in row["runs"]] == [0, 1]
-        assert {made["learning_rate"] for made in row["runs"]} == {row["runs"][0]["learning_rate"]}
+        tried, runs = row["tried"], row["runs"]
+        factors = {1.0} if num_mixtures == 1 else {1.0, 30.0}
+        assert {made["mixture_factor"] for made in tried} == factors
+        assert len({made["learning_rate"] for made in tried}) >= 2
+        assert runs[0]["held_out_nats"] <= min(
+            made["held_out_nats"]
+            for made in tried
+            if made["mixture_factor"] == max(factors)
+            or made["learning_rate"] == runs[0]["learning_rate"]
+        )
+        assert [made["seed"] for made in runs] == [0, 1]
+        assert len({(made["learning_rate"], made["mixture_factor"]) for made in runs}) == 1
         assert 0.9 < row["float_parameters"] / one["float_parameters"] <= 1
         assert all(seconds > 0 for seconds in row["seconds"].values())
         for made in row["runs"]:
@@ -39,6 +46,7 @@ def test_results_and_table(tiny_case, tmp_path, monkeypatch, capsys):
             if num_mixtures > 1:
                 assert sum(made["shares"]["mean"]) == pytest.approx(1, abs=1e-4)
                 assert made["shares"]["largest"] >= 1 / num_mixtures
+                assert made["differences"]["factors"] > 0
     printed = capsys.readouterr().out
     assert "mixtures of softmaxes" in printed
 
@@ -68,7 +76,7 @@ def test_rows_that_choose_the_rate_are_kept_out_and_models_are_their_own(tiny_ca
     head = bench.fitted(size)
     before = {name: value.clone() for name, value in head.state_dict().items()}
     gate = {"num_mixtures": 2, "gate_activation": "gelu"}
-    bench.run(size, head, gate, 1e-1, 0)
+    bench.run(size, head, gate, 1e-1, 2.0, 0)
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
     one, other = (bench.model(size, head, gate, seed) for seed in (0, 1))
     assert one.lm_head.gate_activation == "gelu"

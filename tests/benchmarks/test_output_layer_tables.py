@@ -36,7 +36,7 @@ def test_gru_svm(monkeypatch, tmp_path):
         },
     ]
     rows = [
-        {"name": "GRU-SVM", "network": True, "rate": 1e-5, **row},
+        {"name": "GRU-SVM", "network": True, "rate": 1e-5, "rate_at_edge": False, **row},
         {"name": "random forest", "network": False, **row},
     ]
     (tmp_path / "gru_svm.json").write_text(json.dumps({"rows": rows, "claims": claims}))
@@ -63,12 +63,16 @@ def test_margins(monkeypatch, tmp_path):
         return {"learning_rate": 1e-3, "texts": {"novels": text}}
 
     runs = [run(0.25, 90.0, 88.0), run(0.27, 92.0, 90.0)]
+    chosen = {"chosen_by": ["right tokens", "perplexity"], "rate_at_edge": True}
     (tmp_path / "margins.json").write_text(
-        json.dumps({"rows": [{"output_loss": "cross_entropy", "runs": runs}]})
+        json.dumps({"rows": [{"output_loss": "cross_entropy", "runs": runs, **chosen}]})
     )
     lines = output_layer_tables.margins().splitlines()
     assert lines[0].count("|") == lines[2].count("|")
-    assert lines[2] == ("| cross_entropy | 0.001 | **26.00%** | 25.00% to 27.00% | 91.00 | 89.00 |")
+    assert lines[2] == (
+        "| cross_entropy | 0.001 (the last tried) | right tokens, perplexity | **26.00%** | "
+        "25.00% to 27.00% | 91.00 | 89.00 |"
+    )
 
 
 def test_mixtures(monkeypatch, tmp_path):
@@ -84,19 +88,25 @@ def test_mixtures(monkeypatch, tmp_path):
             "float_parameters": 127_000,
             "untrained": {"novels": 70.0},
             "runs": runs,
+            "rate_at_edge": False,
             "seconds": {**seconds, "loss": loss, "loss_of_one_softmax": 0.1},
         }
 
     def run(perplexity, **more):
-        return {"learning_rate": 3e-4, "perplexity": {"novels": perplexity}, **more}
+        return {
+            "learning_rate": 3e-4,
+            "mixture_factor": 1.0,
+            "perplexity": {"novels": perplexity},
+            **more,
+        }
 
-    shares = {"shares": {"mean": [0.5, 0.5], "largest": 0.75}}
+    shares = {"shares": {"largest": 0.75}, "differences": {"factors": 0.1234}}
     rows = [row(1, [run(69.0)], 0.1), row(2, [run(66.0, **shares), run(68.0, **shares)], 0.2)]
     (tmp_path / "mixtures.json").write_text(json.dumps({"rows": rows}))
     lines = output_layer_tables.mixtures().splitlines()
     assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|")
     assert lines[2].startswith("| 1 |  | 490 | 127,000 | 0.0003 | 70.000 | **69.000** |")
-    assert lines[3].endswith("| **67.000** | 66.000 to 68.000 | 0.75 | x1.500 | x2.000 |")
+    assert lines[3].endswith("| **67.000** | 66.000 to 68.000 | 0.75 | 0.123 | x1.500 | x2.000 |")
 
 
 def test_gate_rates(monkeypatch, tmp_path):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from benchmarks.pairing import at_edge, choose_rate, pair, paired, spread
+from benchmarks.pairing import pair, paired, spread
 
 
 def run(rate=1e-3, held=1.0, **texts):
@@ -11,18 +11,6 @@ def run(rate=1e-3, held=1.0, **texts):
         "held_out_nats": held,
         "texts": {name: {"nats": nats, "choices": list(c)} for name, (nats, c) in texts.items()},
     }
-
-
-def test_the_rate_of_the_least_loss_is_chosen():
-    runs = [run(1e-4, 3.0), run(3e-4, 2.9), run(1e-3, math.nan), run(3e-3, math.inf)]
-    assert choose_rate(runs) == 3e-4
-    assert choose_rate(runs[2:] + runs[:1]) == 1e-4
-    with pytest.raises(ValueError, match=r"No training stayed finite .*0\.001, 0\.003"):
-        choose_rate(runs[2:])
-
-
-def test_edges():
-    assert [at_edge(rate, [3, 1, 2]) for rate in (1, 2, 3)] == [True, False, True]
 
 
 def test_a_pair():

@@ -133,20 +133,27 @@ def test_portions_of_a_step_do_not_change_it(tiny_case):
     assert close.float().mean() > 0.99
 
 
-def test_codewords_have_a_rate_of_their_own(tiny_case):
+def test_codewords_and_components_have_rates_of_their_own(tiny_case):
+    factors = Schedule(1, 16, 1, 16, head_factor=3.0, mixture_factor=5.0)
+
+    def rates(model):
+        names = {id(tensor): name for name, tensor in model.named_parameters()}
+        groups = parameter_groups(model, 0.1, factors)
+        found = [(names[id(tensor)], group["lr"]) for group in groups for tensor in group["params"]]
+        assert len(found) == len({name for name, _ in found}) == len(names)
+        return dict(found)
+
+    coded = {"codebook", "codebook_bias", "offset"}
+    components = {"factors", "shifts", "gate_slopes", "gate_biases"}
     model = quantised(tiny_case, "tied")
-    coded, other = parameter_groups(model, 0.1, 3.0)
-    assert coded["lr"] == pytest.approx(0.3)
-    assert other["lr"] == 0.1
-    names = {id(tensor): name for name, tensor in model.named_parameters()}
-    assert {names[id(tensor)].split(".")[-1] for tensor in coded["params"]} == {
-        "codebook",
-        "codebook_bias",
-        "offset",
-    }
-    both = [*coded["params"], *other["params"]]
-    assert len({id(tensor) for tensor in both}) == len(both) == len(list(model.parameters()))
-    (alone,) = parameter_groups(dense_model(tiny_case.parts), 0.1, 3.0)
+    for name, rate in rates(model).items():
+        assert rate == pytest.approx(0.3 if name.split(".")[-1] in coded else 0.1)
+    model = quantised(tiny_case)
+    model.split_head(2)
+    for name, rate in rates(model).items():
+        last = name.split(".")[-1]
+        assert rate == pytest.approx(1.5 if last in components else 0.3 if last in coded else 0.1)
+    (alone,) = parameter_groups(dense_model(tiny_case.parts), 0.1, factors)
     assert alone["lr"] == 0.1
 
 
