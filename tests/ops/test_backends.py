@@ -166,3 +166,19 @@ def test_the_processor_never_asks_for_triton(choose, monkeypatch):
     grad = torch.zeros(2, 30)
     assert backends.for_expand_backward(grad, SIGN[1], "sign", 20) != "triton"
     assert backends.for_cross_entropy(*SIGN) == "chunked"
+
+
+def test_compiled_functions_get_plain_tensors_on_the_cpu_past_the_dispatcher():
+    class Sharded(torch.Tensor):
+        pass
+
+    plain = torch.zeros(2)
+    trained = torch.zeros(2, requires_grad=True)
+    assert backends.callable_directly(plain, torch.nn.Parameter(plain, requires_grad=False))
+    for other in (torch.zeros(2, device="meta"), plain.as_subclass(Sharded), trained):
+        assert not backends.callable_directly(plain, other)
+    with torch.no_grad():
+        assert backends.callable_directly(plain, trained)
+    with torch.autocast("cpu"):
+        assert not backends.callable_directly(plain)
+    assert torch.func.vmap(lambda row: row * backends.callable_directly(plain))(plain).sum() == 0

@@ -291,6 +291,20 @@ def test_what_the_library_cannot_read_pytorch_does(calls):
     assert calls == []
 
 
+@pytest.mark.skipif(not COMPILED, reason="the compiled library was not built")
+@torch.no_grad()
+def test_a_row_with_fewer_numbers_than_candidates_keeps_them(calls):
+    given = problem(deviations=1e-6)  # only the best is scored
+    wide = torch.full((5, 700, 2), torch.nan)[..., 0]  # for PyTorch, but the largest are found here
+    wide[:, [0, 5]] = torch.tensor([1.0, 2.0])
+    less = ops.shift(given["hidden"], given["offset"])[:, 0]
+    refined = ops.refine(top_k=9, **given | {"logits": wide})
+    assert calls == []
+    torch.testing.assert_close(refined[:, 0], 1.0 - less)
+    assert refined[:, 5].isfinite().all()
+    assert refined[:, 1].isnan().all()
+
+
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 @torch.no_grad()
 def test_rows_are_gathered_in_parts(at_once, monkeypatch):
