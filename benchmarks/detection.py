@@ -9,6 +9,10 @@ FALSE_POSITIVE_RATES = np.linspace(0, 1, 201)
 SCORES = ("accuracy", "precision", "recall", "f1", "auc")
 
 
+class Diverged(ValueError):
+    """Scores are no numbers."""
+
+
 def detection_scores(
     labels: np.ndarray, predicted: np.ndarray, decision: np.ndarray
 ) -> dict[str, Any]:
@@ -25,13 +29,14 @@ def detection_scores(
         at `FALSE_POSITIVE_RATES`, interpolated.
 
     Raises:
-        ValueError: the decisions are not finite, or the labels are of one class.
+        Diverged: the decisions are not finite.
+        ValueError: the labels are of one class.
     """
     # Not at the top: the tables are written without scikit-learn.
     from sklearn import metrics
 
     if not np.isfinite(decision).all():
-        raise ValueError("The scores are not finite: the training diverged; try a smaller rate.")
+        raise Diverged("the scores are not finite: the training diverged; try a smaller rate")
     if len(set(labels.tolist())) != 2:
         raise ValueError("The labels are of one class: there is nothing to tell apart.")
     precision, recall, f1, _ = metrics.precision_recall_fscore_support(

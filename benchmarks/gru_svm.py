@@ -5,14 +5,17 @@
 Train on `KDDTrain+_20Percent`, test on `KDDTest+`, normal against attack. Both output layers are
 trained with the same seeds (weights, order, dropout), in three settings: the paper's rate for
 GRU-SVM for both; for GRU-softmax also the rate and dropout that the paper gives to it; and for each
-output layer the rate, of the same ones tried, that is most accurate on a fifth of the training
-records kept out. Test records choose nothing. Every finished training is kept in `--work`, and the
-same command goes on from there. The ROC plot is written beside the JSON file.
+output layer the rate, of those given or of some beyond the last of them, that is most accurate on a
+fifth of the training records kept out. Test records choose nothing. Times are taken in turns: of a
+step of the training, and of the classes of some records, which both output layers read off the
+largest score. Every finished training is kept in `--work`, and the same command goes on from there
+on the same machine. The ROC plot is written beside the JSON file.
 """
 
 import argparse
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,14 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_vqlogits.conversion.environment import machine
 from hf_vqlogits.conversion.timing import paired_medians
 from hf_vqlogits.gru_svm import GRUSVMFeatureExtractor, TrafficRecords, nsl_kdd_schema
 
-from .detection import SCORES, mean_confusion, mean_curve
+from .detection import SCORES, Diverged, mean_confusion, mean_curve
 from .gru_svm_claims import PAPER, accuracy_claim, time_claim
-from .gru_svm_training import Recipe, build, peers, run_gru, run_peer
+from .gru_svm_training import Recipe, build, peers, run_gru, run_peer, trainer
 from .pairing import spread
-from .rates import at_edge
+from .rates import at_edge, best, search
 from .record import record, write
 from .roc_plot import plot
 from .work_folder import WorkFolder
@@ -45,9 +49,10 @@ SETTINGS = {
     "tuned": "the best rate of each",
 }
 HELD_OUT = 0.2
-PREDICTED_ROWS = (1, 256)  # of the times of prediction
+PREDICTED_ROWS = (1, 256, 1024)  # of the times of prediction
 SECONDS = ("training_seconds", "prediction_seconds")
 Data = tuple[Tensor, Tensor]
+Call = Callable[[str, int, int], Callable[[], Tensor]]  # of a loss, rows and a seed
 
 
 class Bench:
@@ -93,18 +98,25 @@ class Bench:
         kept, held_out = (self.train_records.select(rows) for rows in (order[cut:], order[:cut]))
         extractor = GRUSVMFeatureExtractor(kept.schema).fit(kept)
         train, judge = self._data(extractor, kept), self._data(extractor, held_out)
-        found = {
-            rate: self._run(f"rate-{loss}-{rate:g}", self._recipe(loss, rate), train, judge, seed=0)
-            for rate in self.rates
-        }
-        best = max(found, key=lambda rate: found[rate]["accuracy"])
+
+        def run(rate: float) -> dict[str, Any]:
+            name, recipe = f"rate-{loss}-{rate:g}", self._recipe(loss, rate)
+            return self._run(name, recipe, train, judge, seed=0, may_diverge=True)
+
+        def error(found: Mapping[str, Any]) -> float:
+            return math.nan if "diverged" in found else 1.0 - found["accuracy"]
+
+        found = search(run, self.rates, error)
+        rate = best(found, error)
         return {
-            "rate": best,
-            "at_edge": at_edge(best, self.rates),
-            "tried": [{"rate": rate, "accuracy": run["accuracy"]} for rate, run in found.items()],
+            "rate": rate,
+            "at_edge": at_edge(rate, list(found)),
+            "tried": [{"rate": one, "accuracy": run.get("accuracy")} for one, run in found.items()],
         }
 
-    def row(self, setting: str, loss: str, rate: float, **fields: Any) -> dict[str, Any]:
+    def row(
+        self, setting: str, loss: str, rate: float, *, rate_at_edge: bool, **fields: Any
+    ) -> dict[str, Any]:
         """One output layer in one setting, with all seeds."""
         recipe = self._recipe(loss, rate, **fields)
         runs = [
@@ -112,12 +124,15 @@ class Bench:
             for seed in self.seeds
         ]
         more = {"setting": setting, "output_loss": loss, "rate": rate, "dropout": recipe.dropout}
+        more["rate_at_edge"] = rate_at_edge
         return summary(f"{LOSSES[loss]}, {SETTINGS[setting]}", runs, network=True, **more)
 
     def peer_rows(self) -> list[dict[str, Any]]:
         """scikit-learn's classifiers."""
         rows = []
-        for name, make in peers(quick=self.quick).items():
+        # The GRU-SVM has its regulariser once in a batch, scikit-learn's once in all records.
+        svm_c = self.recipe.svm_c * self.recipe.batch / len(self.train[0])
+        for name, make in peers(svm_c, quick=self.quick).items():
             runs = [
                 self.work.result(
                     f"peer-{name.replace(' ', '_')}-{seed}",
@@ -129,39 +144,65 @@ class Bench:
             _show(rows[-1])
         return rows
 
-    def prediction_times(self) -> list[dict[str, Any]]:
-        """Milliseconds from inputs to classes in turns, each seed an own measurement."""
+    def times(self) -> list[dict[str, Any]]:
+        """Milliseconds of each output layer in turns, each seed an own measurement.
+
+        Of a step of the training (`"what": "training"`), and from inputs to classes
+        (`"prediction"`), for so many `rows` at once.
+        """
+        wanted = [("training", self.recipe.batch, self._training_step)]
+        wanted += [("prediction", rows, self._prediction) for rows in PREDICTED_ROWS]
         return [
-            self.work.result(f"times-{rows}-{seed}", partial(self._times, rows, seed))
-            for rows in PREDICTED_ROWS
+            self.work.result(
+                f"times-{what}-{rows}-{seed}", partial(self._times, what, rows, call, seed)
+            )
+            for what, rows, call in wanted
             for seed in self.seeds
         ]
 
-    @torch.no_grad()
-    def _times(self, rows: int, seed: int) -> dict[str, Any]:
-        inputs = self.test[0][:rows]
-        steps = inputs.shape[1]
-        svm, softmax = (
-            build(self._recipe(loss, PAPER_RATE), steps, seed=seed).eval() for loss in LOSSES
-        )
-        calls = {
-            "squared_hinge": lambda: svm(inputs).logits[:, 1] > 0,
-            "cross_entropy": lambda: softmax(inputs).logits.softmax(-1).argmax(-1),
-        }
+    def _times(self, what: str, rows: int, call: Call, seed: int) -> dict[str, Any]:
+        calls = {loss: call(loss, rows, seed) for loss in LOSSES}
         seconds = paired_medians(calls, torch.device("cpu"))
-        return {"seed": seed, "rows": rows, **{n: s * 1e3 for n, s in seconds.items()}}
+        milliseconds = {loss: 1e3 * found for loss, found in seconds.items()}
+        return {"what": what, "seed": seed, "rows": rows, **milliseconds}
+
+    def _training_step(self, loss: str, rows: int, seed: int) -> Callable[[], Tensor]:
+        inputs, labels = (tensor[:rows] for tensor in self.train)
+        recipe = self._recipe(loss, PAPER_RATE)
+        step = trainer(build(recipe, inputs.shape[1], seed=seed).train(), recipe)
+        return partial(step, inputs, labels)
+
+    def _prediction(self, loss: str, rows: int, seed: int) -> Callable[[], Tensor]:
+        inputs = self.test[0][:rows]
+        model = build(self._recipe(loss, PAPER_RATE), inputs.shape[1], seed=seed).eval()
+        return torch.no_grad()(lambda: model(inputs).logits.argmax(-1))
 
     def _recipe(self, loss: str, rate: float, **fields: Any) -> Recipe:
         return replace(self.recipe, output_loss=loss, rate=rate, **fields)
 
     def _run(
-        self, name: str, recipe: Recipe, train: Data, judge: Data, *, seed: int
+        self,
+        name: str,
+        recipe: Recipe,
+        train: Data,
+        judge: Data,
+        *,
+        seed: int,
+        may_diverge: bool = False,
     ) -> dict[str, Any]:
+        def make() -> dict[str, Any]:
+            try:
+                return run_gru(recipe, train, judge, seed=seed)
+            except Diverged as error:
+                if not may_diverge:
+                    raise
+                return {"seed": seed, "rate": recipe.rate, "diverged": str(error)}
+
         known = self.work.has(name)
-        run = self.work.result(name, lambda: run_gru(recipe, train, judge, seed=seed))
+        run = self.work.result(name, make)
         if not known:
-            told = f"{name}: accuracy {run['accuracy']:.4f}, {run['training_seconds']:.0f} s"
-            print(told, flush=True)
+            told = run.get("diverged") or f"accuracy {run['accuracy']:.4f}"
+            print(f"{name}: {told}", flush=True)
         return run
 
 
@@ -177,32 +218,24 @@ def summary(name: str, runs: list[dict[str, Any]], **more: Any) -> dict[str, Any
     }
 
 
-def claims(
-    rows: list[dict[str, Any]], times: list[dict[str, Any]], *, test_records: int
-) -> list[dict[str, Any]]:
+def claims(rows: list[dict[str, Any]], times: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The paper's claims beside the figures.
 
     Args:
         rows: of the networks.
-        times: of [`Bench.prediction_times`].
-        test_records: whose number the messages give.
+        times: of [`Bench.times`].
     """
     runs = {(row["setting"], row["output_loss"]): row["runs"] for row in rows}
     found = []
     for setting, told in SETTINGS.items():
         svm = runs["paper" if setting == "papers_own" else setting, "squared_hinge"]
         found.append(accuracy_claim(told, svm, runs[setting, "cross_entropy"]))
-    pair = (runs["paper", "squared_hinge"], runs["paper", "cross_entropy"])
-    found.append(time_claim("faster training", SETTINGS["paper"], *pair, seconds=SECONDS[0]))
-    told = f"all {test_records:,} test records"
-    found.append(time_claim("faster prediction", told, *pair, seconds=SECONDS[1]))
-    for count in PREDICTED_ROWS:
-        chosen = [one for one in times if one["rows"] == count]
+    for (what, count), chosen in _grouped(times).items():
         svm, softmax = (
             [{"seed": one["seed"], "milliseconds": one[loss]} for one in chosen] for loss in LOSSES
         )
-        what = "1 record at a time" if count == 1 else f"{count} records at a time"
-        found.append(time_claim("faster prediction", what, svm, softmax, seconds="milliseconds"))
+        told = f"steps of {count} records" if what == "training" else f"{count:,} records at a time"
+        found.append(time_claim(what, told.replace("1 records", "1 record"), svm, softmax))
     return found
 
 
@@ -230,6 +263,7 @@ def main() -> None:
         "records": [len(train), len(test)],
         "features": "quantile bins and indices",
         "threads": torch.get_num_threads(),
+        "processor": machine()["processor"],
     }
     work = WorkFolder(options.work, settings)
     bench = Bench(train, test, work, recipe, seeds=seeds, rates=rates, quick=options.quick)
@@ -242,7 +276,7 @@ def main() -> None:
         rows.append(bench.row(setting, loss, rate, **fields))
         _show(rows[-1])
     peer_rows = bench.peer_rows()
-    times = bench.prediction_times()
+    times = bench.times()
     result = record(
         "gru_svm",
         "scikit-learn",
@@ -253,9 +287,12 @@ def main() -> None:
         constant_features=list(bench.extractor.constant_features),
         tuning=tuning,
         rows=rows + peer_rows,
-        prediction_milliseconds=_grouped(times),
+        milliseconds=[
+            {"what": what, "rows": count, **_medians(some)}
+            for (what, count), some in _grouped(times).items()
+        ],
         paper=PAPER,
-        claims=claims(rows, times, test_records=len(test)),
+        claims=claims(rows, times),
     )
     write(result, options.output)
     plot(result["rows"], options.output.with_suffix(".png"))
@@ -264,25 +301,28 @@ def main() -> None:
 
 
 def _plan(tuning: Mapping[str, Any]) -> list[tuple[str, str, float, dict[str, Any]]]:
-    own = {"dropout": SOFTMAX_DROPOUT}
+    given = {"rate_at_edge": False}
+    own = {"dropout": SOFTMAX_DROPOUT, **given}
     return [
-        *(("paper", loss, PAPER_RATE, {}) for loss in LOSSES),
+        *(("paper", loss, PAPER_RATE, given) for loss in LOSSES),
         ("papers_own", "cross_entropy", SOFTMAX_RATE, own),
-        *(("tuned", loss, tuning[loss]["rate"], {}) for loss in LOSSES),
+        *(
+            ("tuned", loss, found["rate"], {"rate_at_edge": found["at_edge"]})
+            for loss, found in tuning.items()
+        ),
     ]
 
 
-def _grouped(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "rows": count,
-            **{
-                loss: statistics.median(one[loss] for one in times if one["rows"] == count)
-                for loss in LOSSES
-            },
-        }
-        for count in PREDICTED_ROWS
-    ]
+def _grouped(times: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """By what was timed, and for how many rows."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for one in times:
+        found.setdefault((one["what"], one["rows"]), []).append(one)
+    return found
+
+
+def _medians(times: list[dict[str, Any]]) -> dict[str, float]:
+    return {loss: statistics.median(one[loss] for one in times) for loss in LOSSES}
 
 
 def describe(claim: Mapping[str, Any]) -> str:

@@ -74,14 +74,28 @@ def trained(
         seed: of weights, order and dropout.
     """
     model = build(recipe, inputs.shape[1], seed=seed).train()
-    optimiser = torch.optim.Adam(model.parameters(), lr=recipe.rate)
+    step = trainer(model, recipe)
     order = torch.Generator().manual_seed(seed)
     for _ in range(recipe.epochs):
         for rows in torch.randperm(len(inputs), generator=order).split(recipe.batch):
-            optimiser.zero_grad()
-            model(inputs[rows], labels=labels[rows]).loss.backward()
-            optimiser.step()
+            step(inputs[rows], labels[rows])
     return model.eval()
+
+
+def trainer(
+    model: GRUSVMForSequenceClassification, recipe: Recipe
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function that makes a step on inputs (N, T, 1) and labels (N,), and returns the loss."""
+    optimiser = torch.optim.Adam(model.parameters(), lr=recipe.rate)
+
+    def step(inputs: Tensor, labels: Tensor) -> Tensor:
+        optimiser.zero_grad()
+        loss: Tensor = model(inputs, labels=labels).loss
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return step
 
 
 @torch.no_grad()
@@ -125,10 +139,13 @@ def run_gru(
     }
 
 
-def peers(*, quick: bool) -> dict[str, Callable[[int], Any]]:
+def peers(svm_c: float, *, quick: bool) -> dict[str, Callable[[int], Any]]:
     """scikit-learn's classifiers by name, to be made with a seed.
 
-    The linear SVM has the objective and the C of the GRU's output layer; the others their defaults.
+    Args:
+        svm_c: C of the linear SVM, whose bias is regularised a hundred times less than weights.
+            The others have their defaults.
+        quick: few trees.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
     from sklearn.svm import LinearSVC
@@ -136,9 +153,9 @@ def peers(*, quick: bool) -> dict[str, Callable[[int], Any]]:
     trees = 10 if quick else 100
     return {
         "linear SVM": lambda seed: LinearSVC(
-            C=0.5, loss="squared_hinge", dual=False, random_state=seed
+            C=svm_c, loss="squared_hinge", dual=False, intercept_scaling=10, random_state=seed
         ),
-        "random forest": lambda seed: RandomForestClassifier(trees, random_state=seed, n_jobs=1),
+        "random forest": lambda seed: RandomForestClassifier(trees, random_state=seed, n_jobs=-1),
         "gradient boosting": lambda seed: HistGradientBoostingClassifier(
             max_iter=trees, random_state=seed
         ),

@@ -78,6 +78,13 @@ def test_the_whole_and_going_on(data, tmp_path, monkeypatch, capsys):
     ]
     assert result["rows"][6]["accuracy"]["mean"] > 0.7
     assert len(result["claims"]) == 7
+    kinds = [(one["what"], one["rows"]) for one in result["milliseconds"]]
+    assert kinds == [("training", 64), *(("prediction", n) for n in (1, 256, 1024))]
+    assert all(one[loss] > 0 for one in result["milliseconds"] for loss in gru_svm.LOSSES)
+    for row in networks[3:]:
+        tuned = result["tuning"][row["output_loss"]]
+        assert (row["rate"], row["rate_at_edge"]) == (tuned["rate"], tuned["at_edge"])
+    assert "1 record at a time" in told
     assert "more accurate than GRU-softmax (the best rate of each)" in told
     assert "src_bytes" not in result["constant_features"]
 
@@ -89,3 +96,27 @@ def test_the_whole_and_going_on(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gru_svm, "run_peer", never)
     gru_svm.main()
     assert json.loads(output.read_text())["rows"] == result["rows"]
+
+
+def test_a_rate_that_diverges_is_no_candidate_and_kept(data, tmp_path, monkeypatch):
+    output = tmp_path / "gru_svm.json"
+    words = ["gru_svm", "--quick", "--data", str(data), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", [*words, "--output", str(output)])
+    original, made = gru_svm.run_gru, []
+
+    def run(recipe, *arguments, **options):
+        made.append(recipe.rate)
+        if recipe.rate > 2e-3:
+            raise gru_svm.Diverged("the scores are not finite")
+        return original(recipe, *arguments, **options)
+
+    monkeypatch.setattr(gru_svm, "run_gru", run)
+    gru_svm.main()
+    tuning = json.loads(output.read_text())["tuning"]
+    for found in tuning.values():
+        assert found["rate"] < 2e-3
+        assert {one["rate"]: one["accuracy"] for one in found["tried"]}[3e-3] is None
+    assert max(made) == 3e-3
+    made.clear()
+    gru_svm.main()
+    assert made == []
