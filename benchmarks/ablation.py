@@ -137,7 +137,7 @@ class Ablation:
         }
         self._rows = training_rows(case.calibration, schedule.context)
         self._quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
-        self._statistics = self._quantiser.calibrate(keep_states=True)
+        self._statistics = self._quantiser.calibrate(to_distill=True)
         self._fitted: dict[tuple[str, float], tuple[HeadSize, VQLogitsHead]] = {}
         self._dense: dict[str, dict[str, HeadScore]] = {}
 

@@ -28,7 +28,7 @@ def calibrated(
 
     def make() -> dict[str, Any]:
         with quantiser.timed("calibration"):
-            statistics = quantiser.calibrate(keep_states=True)
+            statistics = quantiser.calibrate(to_distill=True)
         assert quantiser.states is not None
         return {
             "statistics": vars(statistics),

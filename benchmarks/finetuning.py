@@ -67,7 +67,7 @@ def prepare(
     ]
     corpus.evaluation = corpus.evaluation[:EXAMPLE_ROWS]
     quantiser = Quantiser(case.parts, corpus, seed, show_progress=True)
-    statistics = quantiser.calibrate(keep_states=True)
+    statistics = quantiser.calibrate(to_distill=True)
     vocab_size, hidden_size = case.parts.weight.shape
     size = choose_size(
         "signs", vocab_size=vocab_size, hidden_size=hidden_size, param_reduction=reduction

@@ -32,7 +32,7 @@ def measure(case: Case, *, seed: int, distill_steps: int) -> list[dict[str, Any]
     """One row of figures for each of `ROWS`, and for each that is distilled."""
     quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
     with quantiser.timed("calibration"):
-        statistics = quantiser.calibrate(keep_states=True)
+        statistics = quantiser.calibrate(to_distill=True)
     vocab_size, hidden_size = case.parts.weight.shape
     heads, sizes, seconds, told = {}, {}, {}, {}
     for method, reduction in ROWS:

@@ -38,7 +38,7 @@ from .sign_codebook import tiles
 from .sign_search import SearchEffort, free_bits, search_signs
 
 FLIPS = 5  # of a token and an iteration
-PRIOR = 1.0  # n, positions
+PRIOR = 1.0  # n, positions of logits of unit scale
 CHUNK_BYTES = 256 << 20  # of the logits of a chunk in float32
 
 Logits = Callable[[Tensor], Tensor]
@@ -129,11 +129,13 @@ def move_codes(
         frozen: bits of each code, the first ones, that stay.
     """
     codebook, levels = whitened_codebook(head, metric), levels_of(head)
-    weight = slope.curvature + PRIOR
+    # The fit's metric is in units of the vectors alone, the slope is of final logits.
+    prior = PRIOR * head.logit_scale**2
+    weight = slope.curvature + prior
     target = torch.empty_like(metric.rows)
     for tile in tiles(len(levels)):
         vectors = levels[tile].float() @ codebook
-        pull = slope.gradient[tile] + PRIOR * metric.stretch(vectors - metric.rows[tile], tile)
+        pull = slope.gradient[tile] + prior * metric.stretch(vectors - metric.rows[tile], tile)
         target[tile] = vectors - metric.shrink(pull / (damping * weight[tile, None]), tile)
     aim = TokenMetric(target, weight, metric.context, metric.unwhiten, metric.mean)
     effort = SearchEffort(flips=FLIPS, tenure=0, patience=FLIPS)

@@ -263,7 +263,7 @@ def convert_to_vq(
         check_length(corpus.calibration, "body_distill_steps")
     trained = distill_steps + input_distill_steps + body_distill_steps > 0
     with quantiser.timed("calibration"):
-        statistics = quantiser.calibrate(keep_states=trained)
+        statistics = quantiser.calibrate(to_distill=trained)
     if embeddings == "tied":
         with quantiser.timed("calibration"):
             quantiser.besides = quantiser.input_metric()

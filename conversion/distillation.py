@@ -41,6 +41,7 @@ def distill(
     states: KeptStates,
     *,
     teacher: Logits,
+    judge: Logits | None = None,
     steps: int,
     metric: TokenMetric | None = None,
     frozen_bits: int = 0,
@@ -56,6 +57,7 @@ def distill(
         head: trained in place.
         states: hidden states of the calibration text.
         teacher: the original logits (n, V) of hidden states (n, d).
+        judge: the same, exactly, where `teacher` rounds; the positions kept out are judged by it.
         steps: of about a thousand positions each.
         metric: of the fit; without one, with index codes or in a mixture, the codes stay.
         frozen_bits: bits of each code, the first ones, that stay: those of a smaller head inside.
@@ -74,7 +76,7 @@ def distill(
         ConversionError: the text is too short to hold some of it out, or `state_file` is of
             another run.
     """
-    training = _HeadTraining(head, states, teacher, steps, seed, notify, advance)
+    training = _HeadTraining(head, states, teacher, judge or teacher, steps, seed, notify, advance)
     options = (steps, seed, learning_rate, frozen_bits)
     key = fingerprint([*head.state_dict().values(), states.blocks], options)
     plain = head.num_mixtures == 1
@@ -95,12 +97,13 @@ class _HeadTraining(Training):
         head: VQLogitsHead,
         states: KeptStates,
         teacher: Logits,
+        judge: Logits,
         steps: int,
         seed: int,
         notify: Notify,
         advance: Advance,
     ):
-        super().__init__(head, lambda: held_out_kl(head, states(self._held), teacher), notify)
+        super().__init__(head, lambda: held_out_kl(head, states(self._held), judge), notify)
         self._head, self._states, self._teacher = head, states, teacher
         self._advance = advance
         self._rows = rows_of_step(states.blocks)

@@ -53,6 +53,7 @@ def distill_end_to_end(
     states: KeptStates,
     *,
     teacher: Logits,
+    judge: Logits | None = None,
     steps: int,
     seed: int = 0,
     learning_rate: float | None = None,
@@ -69,6 +70,7 @@ def distill_end_to_end(
         head: trained in place.
         states: the original's hidden states of the calibration text.
         teacher: the original logits (n, V) of hidden states (n, d).
+        judge: the same, exactly, where `teacher` rounds; the positions kept out are judged by it.
         steps: of about a thousand positions each.
         seed: of the order of the text and of what is kept out.
         learning_rate: of Adam, in units of each tensor's root mean square; falls to zero along half
@@ -86,7 +88,7 @@ def distill_end_to_end(
             another run.
     """
     sides = nn.ModuleList([embedding, head])
-    run = _Run(_Student(backbone, embedding), head, states, teacher, advance)
+    run = _Run(_Student(backbone, embedding), head, states, teacher, judge or teacher, advance)
     training = run.training(sides, steps, seed, notify, "input_distill_steps")
     tensors = [*sides.state_dict().values(), states.blocks]
     key = fingerprint(tensors, (steps, seed, learning_rate))
@@ -105,6 +107,7 @@ def distill_body(
     states: KeptStates,
     *,
     teacher: Logits,
+    judge: Logits | None = None,
     steps: int,
     seed: int = 0,
     learning_rate: float = BODY_RATE,
@@ -123,6 +126,7 @@ def distill_body(
         head: trained in place.
         states: the original's hidden states of the calibration text.
         teacher: the original logits (n, V) of hidden states (n, d).
+        judge: the same, exactly, where `teacher` rounds; the positions kept out are judged by it.
         steps: of about a thousand positions each.
         seed: of the order of the text and of what is kept out.
         learning_rate: of the body, in units of its matrices' root mean square; that of codewords
@@ -141,7 +145,7 @@ def distill_body(
             another run.
     """
     whole = nn.ModuleList([body, head])
-    run = _Run(_Student(body), head, states, teacher, advance)
+    run = _Run(_Student(body), head, states, teacher, judge or teacher, advance)
     training = run.training(whole, steps, seed, notify, "body_distill_steps")
     key = fingerprint([*whole.state_dict().values(), states.blocks], (steps, seed, learning_rate))
     training.begin(state_file, BODY, key)
@@ -170,6 +174,7 @@ class _Run:
         head: behind the student.
         states: the original's.
         teacher: the original logits (n, V) of hidden states (n, d).
+        judge: the same, for the positions kept out.
         advance: called with the steps made.
     """
 
@@ -179,10 +184,11 @@ class _Run:
         head: VQLogitsHead,
         states: KeptStates,
         teacher: Logits,
+        judge: Logits,
         advance: Advance,
     ):
         self._student, self._head, self._states = student, head, states
-        self._teacher, self._advance = teacher, advance
+        self._teacher, self._judge, self._advance = teacher, judge, advance
         self._rows = rows_of_step(states.blocks)
 
     def training(
@@ -207,7 +213,7 @@ class _Run:
             hidden, wanted = self._of_rows(some)
             size = _chunk(self._head)
             for h, w in zip(hidden.split(size), wanted.split(size), strict=True):
-                total += float(divergence(self._teacher(w), self._head(h)))
+                total += float(divergence(self._judge(w), self._head(h)))
             positions += len(hidden)
         return total / positions
 

@@ -34,13 +34,25 @@ def split(
     """
     text = blocks[: len(blocks) // versions]
     check_length(text, option)
-    rows, held = rows_of_step(text), _kept_out(text)
     generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(text), generator=generator)
-    train = torch.cat([shuffled[held:] + version * len(text) for version in range(versions)])
+    held, rest = _divided(text, generator)
+    train = torch.cat([rest + version * len(text) for version in range(versions)])
+    rows = rows_of_step(text)
     epochs = math.ceil(steps * rows / len(train))
     order = [train[torch.randperm(len(train), generator=generator)] for _ in range(epochs)]
-    return shuffled[:held], torch.cat([train[:0], *order])[: steps * rows]
+    return held, torch.cat([train[:0], *order])[: steps * rows]
+
+
+def rows_to_fit(blocks: Tensor, seed: int) -> Tensor:
+    """Rows (m,) of a text, in its order, that [`split`] by the same seed does not keep out.
+
+    Args:
+        blocks: token ids (rows, context + 1); of a text that is too short to be split all rows.
+        seed: of what is kept out.
+    """
+    if not long_enough(blocks):
+        return torch.arange(len(blocks))
+    return _divided(blocks, torch.Generator().manual_seed(seed))[1].sort().values
 
 
 def keep_out(corpus: Corpus, seed: int) -> Corpus:
@@ -48,10 +60,8 @@ def keep_out(corpus: Corpus, seed: int) -> Corpus:
     blocks = corpus.calibration
     if not long_enough(blocks):
         return corpus
-    shuffled = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-    held = _kept_out(blocks)
-    rest = blocks[shuffled[held:].sort().values]
-    return replace(corpus, calibration=rest, kept_out=blocks[shuffled[:held]])
+    held, rest = _divided(blocks, torch.Generator().manual_seed(seed))
+    return replace(corpus, calibration=blocks[rest.sort().values], kept_out=blocks[held])
 
 
 def long_enough(blocks: Tensor) -> bool:
@@ -87,5 +97,8 @@ def _least_rows(blocks: Tensor) -> int:
     return max(5, rows + (rows - 1) // 4)
 
 
-def _kept_out(blocks: Tensor) -> int:
-    return min(HELD_OUT * rows_of_step(blocks), len(blocks) // 5)
+def _divided(blocks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows kept out, and the others, both in a random order."""
+    held = min(HELD_OUT * rows_of_step(blocks), len(blocks) // 5)
+    shuffled = torch.randperm(len(blocks), generator=generator)
+    return shuffled[:held], shuffled[held:]

@@ -35,7 +35,7 @@ class Setting:
         corpus = Corpus(self.blocks, self.blocks, "text", "text", [])
         self.quantiser = Quantiser(self.parts, corpus, seed=0, rereadings=0)
         self.size = HeadSize("sign", R, 2, FINE)
-        statistics = self.quantiser.calibrate(keep_states=True)
+        statistics = self.quantiser.calibrate(to_distill=True)
         self.head = self.quantiser.sign_heads([self.size], statistics)[self.size]
         self.embedding = None
         if mode != "keep":

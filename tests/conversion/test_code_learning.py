@@ -42,10 +42,9 @@ def after(request):
     return request.param
 
 
-@pytest.fixture
-def setting(fine, after):
-    """A fitted head, its metric, the dense layer, and hidden states."""
-    weight = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+def fitted(fine, after, size=1.0):
+    """A fitted head, its metric, the dense layer of vectors so many times as long, and states."""
+    weight = size * torch.randn(V, D, generator=torch.Generator().manual_seed(0))
     hidden = hidden_states(2000, 1)
     accumulator = StatisticsAccumulator(weight, **after)
     accumulator.update(hidden)
@@ -64,6 +63,11 @@ def setting(fine, after):
             head.fine_codes.copy_(fit.fine_codes)
     metric = token_metric(weight, statistics)
     return head, metric, (lambda h: postprocess(h @ weight.T, after)), hidden
+
+
+@pytest.fixture
+def setting(fine, after):
+    return fitted(fine, after)
 
 
 def test_slope_in_scores_is_the_gradient(setting, after, monkeypatch):
@@ -179,3 +183,16 @@ def test_strong_damping_moves_nothing(setting):
     slope = slope_of_divergence(head, metric, teacher, [hidden])
     move_codes(head, metric, slope, 1e9)
     assert torch.equal(head.codes, codes)
+
+
+def test_codes_move_alike_however_the_scale_is_divided(fine):
+    """Long vectors with a small `logit_scale` are the same layer, Cohere's and Granite's way."""
+    moved = []
+    for scale in (1.0, 1 / 16):
+        head, metric, teacher, hidden = fitted(fine, {"logit_scale": scale}, size=1 / scale)
+        head.codes[:, 0] ^= 4  # a bit of every token is wrong
+        before = ops.unpack_signs(head.codes, R)
+        move_codes(head, metric, slope_of_divergence(head, metric, teacher, [hidden]), 2.0)
+        moved.append(before != ops.unpack_signs(head.codes, R))
+    assert moved[0].any()
+    assert (moved[0] == moved[1]).double().mean() > 0.99

@@ -3,7 +3,14 @@ import torch
 
 from hf_vqlogits.conversion.corpus import Corpus
 from hf_vqlogits.conversion.errors import ConversionError
-from hf_vqlogits.conversion.held_out import check_length, keep_out, long_enough, rows_of_step, split
+from hf_vqlogits.conversion.held_out import (
+    check_length,
+    keep_out,
+    long_enough,
+    rows_of_step,
+    rows_to_fit,
+    split,
+)
 
 
 def test_what_is_kept_out_is_never_trained_on():
@@ -59,3 +66,13 @@ def test_what_is_kept_out_is_in_no_other_text():
     assert torch.equal(kept.evaluation, corpus.evaluation)
     assert corpus.kept_out is None
     assert not torch.equal(keep_out(corpus, 1).kept_out, kept.kept_out)
+
+
+def test_what_is_fitted_is_what_is_trained_on():
+    blocks = torch.zeros(400, 17)
+    for seed in (0, 1):
+        held, order = split(blocks, steps=20, seed=seed)
+        rows = rows_to_fit(blocks, seed)
+        assert torch.equal(rows, order.unique())
+        assert not set(rows.tolist()) & set(held.tolist())
+    assert rows_to_fit(blocks[:78], 0).tolist() == list(range(78))

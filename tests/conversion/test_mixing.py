@@ -24,7 +24,7 @@ def fitted(family="llama", size=None):
     parts = take_apart(tiny_model(family))
     blocks = torch.randint(3, VOCAB, (300, 17), generator=torch.Generator().manual_seed(1))
     quantiser = Quantiser(parts, Corpus(blocks, blocks, "text", "text", []), seed=0, rereadings=0)
-    statistics: CalibrationStatistics = quantiser.calibrate(keep_states=True)
+    statistics: CalibrationStatistics = quantiser.calibrate(to_distill=True)
     size = size or HeadSize("sign", 24, 2, num_fine_tokens=5)
     if size.code_type == "sign":
         head = quantiser.sign_heads([size], statistics)[size]

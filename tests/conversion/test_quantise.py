@@ -3,9 +3,11 @@ import torch
 from tiny_models import tiny_model
 
 from hf_vqlogits.conversion import quantise
+from hf_vqlogits.conversion.calibration import StatisticsAccumulator
 from hf_vqlogits.conversion.corpus import Corpus
 from hf_vqlogits.conversion.distillation import Distillation
 from hf_vqlogits.conversion.families import take_apart
+from hf_vqlogits.conversion.held_out import split
 from hf_vqlogits.conversion.metric import token_metric
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize
@@ -30,7 +32,7 @@ def calibrated(rereadings, *, seed=0, rows=40):
     blocks = torch.randint(3, 96, (rows, 9), generator=torch.Generator().manual_seed(1))
     corpus = Corpus(blocks, blocks, "text", "text", [])
     quantiser = Quantiser(parts, corpus, seed=seed, rereadings=rereadings)
-    return quantiser, quantiser.calibrate(keep_states=True)
+    return quantiser, quantiser.calibrate(to_distill=True)
 
 
 def test_the_text_is_read_again_with_half_of_its_tokens_redrawn():
@@ -66,6 +68,31 @@ def test_tokens_are_redrawn_from_the_models_distribution_of_its_own_reading():
         assert told == pytest.approx(-float(entropy), abs=0.05)
 
 
+@pytest.mark.parametrize("rereadings", [0, 2])
+def test_text_that_judges_a_distillation_enters_no_statistics(rereadings):
+    parts = take_apart(tiny_model("llama"))
+    blocks = torch.randint(3, 96, (700, 9))
+    corpus = Corpus(blocks, blocks, "text", "text", [])
+    quantiser = Quantiser(parts, corpus, seed=3, rereadings=rereadings)
+    statistics = quantiser.calibrate(to_distill=True)
+    versions = 1 + rereadings
+    held, order = split(quantiser.states.blocks, 100, 3, versions=versions)
+    fitted = quantiser.states.blocks[order.unique()]
+    assert len(fitted) == versions * (700 - len(held))
+    alone = StatisticsAccumulator(parts.weight, bias=parts.bias)
+    with torch.no_grad():
+        alone.update(parts.backbone(fitted[:, :-1]).last_hidden_state.flatten(0, 1).float())
+    wanted = alone.finish()
+    assert statistics.positions == wanted.positions == 8 * len(fitted)
+    for name in ("mean", "covariance", "probability"):
+        torch.testing.assert_close(
+            getattr(statistics, name), getattr(wanted, name), atol=1e-2, rtol=5e-2
+        )
+    assert torch.equal(quantiser.states.blocks[held], blocks[held])
+    again = [quantiser.states.blocks[held + 700 * version] for version in range(versions)]
+    assert all(torch.equal(some, blocks[held]) for some in again)
+
+
 def test_without_rereadings_the_text_is_read_once():
     quantiser, statistics = calibrated(0)
     assert statistics.positions == 40 * 8
@@ -88,7 +115,7 @@ def test_codes_of_signs_are_learnt_in_the_metric_of_the_fit(
     parts = take_apart(tiny_model("llama"))
     blocks = torch.randint(3, 96, (40, 9))
     quantiser = Quantiser(parts, Corpus(blocks, blocks, "text", "text", []), seed=3)
-    statistics = quantiser.calibrate(keep_states=True)
+    statistics = quantiser.calibrate(to_distill=True)
     if code_type == "sign":
         size = HeadSize("sign", 7, 2, 5)
         head = quantiser.sign_heads([size], statistics)[size]
@@ -107,5 +134,6 @@ def test_codes_of_signs_are_learnt_in_the_metric_of_the_fit(
         wanted = token_metric(parts.weight, statistics, bias=parts.bias)
         assert torch.equal(given["metric"].rows, wanted.rows)
     assert given["states"] is quantiser.states
+    assert given["judge"] == parts.logits
     assert (given["steps"], given["seed"]) == (5, 3)
     assert quantiser.details["distillation"]["kl_after"] == 0.1

@@ -21,7 +21,7 @@ def fitted(family, *, bits=24, rows=60, top_k=8, agreement=0.9, fine=0, dtype=to
     blocks = torch.randint(3, VOCAB, (rows, 17), generator=torch.Generator().manual_seed(1))
     corpus = keep_out(Corpus(blocks, blocks, "text", "text", []), 0)
     quantiser = Quantiser(parts, corpus, seed=0, rereadings=0)
-    statistics = quantiser.calibrate(keep_states=True)
+    statistics = quantiser.calibrate(to_distill=True)
     size = HeadSize("sign", bits, 2, num_fine_tokens=fine)
     head = quantiser.sign_heads([size], statistics)[size].to(dtype)
     refined = quantiser.refine(
