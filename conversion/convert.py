@@ -203,7 +203,12 @@ def convert_to_vq(
         "gate_activation": gate_activation,
         "gate_temperature": gate_temperature,
     }
-    check_mixture(**gate, nested=nested, refine_top_k=refine_top_k)
+    check_mixture(
+        **gate,
+        nested=nested,
+        refine_top_k=refine_top_k,
+        max_perplexity_increase=max_perplexity_increase,
+    )
     check_refinement(refine_top_k, refine_agreement, nested)
     check_body_steps(
         body_distill_steps,

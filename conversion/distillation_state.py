@@ -84,8 +84,9 @@ def load_state(file: Path, stage: str, key: str) -> dict[str, Any] | None:
         return None
     if stage not in stages or stages[stage]["key"] != key:
         raise ConversionError(
-            f"{str(file)!r} is of another distillation (another model, text, size or option); "
-            "remove it or name another file."
+            f"{str(file)!r} is of another distillation (another model, text, size or option, or "
+            "another number of threads or machine, whose fit has other digits); remove it or name "
+            "another file."
         )
     return stages[stage]["state"]
 

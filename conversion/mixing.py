@@ -22,6 +22,7 @@ def check_mixture(
     *,
     nested: Sequence[float] | None,
     refine_top_k: int,
+    max_perplexity_increase: float | None,
 ) -> None:
     """Check the options of a mixture.
 
@@ -46,7 +47,12 @@ def check_mixture(
                     "example."
                 )
         return
-    for name, given in (("nested", nested), ("refine_top_k", refine_top_k)):
+    others = {
+        "nested": nested,
+        "refine_top_k": refine_top_k,
+        "max_perplexity_increase": max_perplexity_increase,  # judged before the split
+    }
+    for name, given in others.items():
         if given:
             raise ConversionError(
                 f"`num_mixtures` {num_mixtures} does not go with `{name}` {given}; leave one of "

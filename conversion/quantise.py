@@ -205,7 +205,7 @@ class Quantiser:
                 head,
                 self._states(),
                 teacher=_teacher(parts),
-                judge=parts.logits,
+                judge=_teacher(parts, torch.float32),
                 steps=steps,
                 metric=metric,
                 frozen_bits=frozen_bits,
@@ -239,7 +239,7 @@ class Quantiser:
                 head,
                 self._states(),
                 teacher=_teacher(self.parts),
-                judge=self.parts.logits,
+                judge=_teacher(self.parts, torch.float32),
                 steps=steps,
                 seed=self.seed,
                 state_file=state_file,
@@ -278,7 +278,7 @@ class Quantiser:
                 head,
                 self._states(),
                 teacher=_teacher(self.parts),
-                judge=self.parts.logits,
+                judge=_teacher(self.parts, torch.float32),
                 steps=steps,
                 seed=self.seed,
                 state_file=state_file,
@@ -413,13 +413,13 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def _teacher(parts: SourceParts) -> Logits:
-    """The dense layer, its product in the type that the device multiplies fastest.
+def _teacher(parts: SourceParts, dtype: torch.dtype | None = None) -> Logits:
+    """The dense layer, its product in a type, by default that which the device multiplies fastest.
 
     In bfloat16 the logits are rounded to it, which is 0.0003 nats of divergence from the exact ones
     on SmolLM2: little in a gradient, but much beside what a good head lacks.
     """
-    dtype = product_dtype(parts.weight.device)
+    dtype = dtype or product_dtype(parts.weight.device)
     weight = parts.weight.detach().to(dtype)
     bias = None if parts.bias is None else parts.bias.detach().float()
 

@@ -24,7 +24,8 @@ CHECKS = 5  # how often a run of Adam is judged
 # steps, where at 99% it took it from 0.111 to 0.108 in 64. By this rule it is 0.0005 and 0.0016.
 RATE = 0.1
 MOST_RATE = 0.01
-DIVERGED = 0.1  # nats above the divergence of the start
+# Nats above the divergence of the start, or so many times it where that is less and no mere noise.
+DIVERGED, DIVERGED_TIMES, NOISE = 0.1, 3.0, 1e-3
 
 Notify = Callable[[int, float], None]
 Advance = Callable[[int], None]
@@ -180,7 +181,7 @@ class Training:
     def _diverged(self) -> bool:
         """Whether the divergence is far above that of the start, which `stopped` then says."""
         (_, start), (made, kl) = self.history[0], self.history[-1]
-        if kl <= start + DIVERGED:
+        if kl <= start + min(DIVERGED, max((DIVERGED_TIMES - 1) * start, NOISE)):
             return False
         self.stopped = f"the divergence rose from {start:.3g} to {kl:.3g} nats in {made} steps"
         return True

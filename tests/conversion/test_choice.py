@@ -18,7 +18,7 @@ from hf_vqlogits.conversion.errors import ConversionError
 SIZES = range(8, 2305, 8)
 DECAY = 2 * math.log(2) / 576
 # SmolLM2-135M by the fit alone (README): growth at 490, 981 and 1,962 bits.
-SMOLLM2 = {490: math.log(1.229), 981: math.log(1.045), 1962: math.log(1.008)}
+SMOLLM2 = {490: math.log(1.216), 981: math.log(1.044), 1962: math.log(1.005)}
 
 
 def exponential(level, steepness):

@@ -335,7 +335,9 @@ def test_the_ladder_shows_the_fit_alone(tiny_folder, text_file):
     distilled = convert_to_vq(tiny_folder, **options, distill_steps=30)
     chosen = [r.bits_per_token for r in fitted.ladder].index(fitted.bits_per_token)
     assert distilled.perplexity["after"] != fitted.perplexity["after"]
-    assert [r.perplexity for r in distilled.ladder] == [r.perplexity for r in fitted.ladder]
+    # Nearly the same fits: a distillation keeps some text out of them.
+    wanted = pytest.approx([r.perplexity for r in fitted.ladder], rel=0.01)
+    assert [r.perplexity for r in distilled.ladder] == wanted
     assert fitted.ladder[chosen].perplexity == fitted.perplexity["after"]
 
 

@@ -11,7 +11,7 @@ from hf_vqlogits.conversion.errors import ConversionError
 from hf_vqlogits.conversion.held_out import split
 from hf_vqlogits.conversion.metric import token_metric
 from hf_vqlogits.conversion.streaming import KeptStates
-from hf_vqlogits.conversion.training import divergence
+from hf_vqlogits.conversion.training import Training, divergence
 from hf_vqlogits.ops import unpack_signs
 
 V, D, R = 60, 16, 24
@@ -63,6 +63,19 @@ def test_divergence_falls_and_the_body_stays(code_type, monkeypatch):
     assert torch.equal(setting.head.codes, codes) == (code_type == "index")
     assert all(torch.equal(v, body[k]) for k, v in setting.backbone.state_dict().items())
     setting.head.check_codes()
+
+
+@pytest.mark.parametrize(
+    ("start", "stays", "stops"), [(1.0, 1.09, 1.11), (0.004, 0.0119, 0.0121), (1e-5, 9e-4, 2e-3)]
+)
+def test_how_far_a_divergence_may_rise(start, stays, stops):
+    for end, stopped in ((stays, False), (stops, True)):
+        kls = iter([start, end])
+        layer = torch.nn.Linear(1, 1)
+        training = Training(layer, lambda kls=kls: next(kls), lambda made, kl: None)
+        training.begin(None, "", "")
+        training.descend({layer.weight: 0.1}, range(1), lambda step: None)
+        assert (training.stopped is not None) == stopped
 
 
 def test_codes_stay_without_a_metric(setting):

@@ -141,8 +141,13 @@ def test_the_command_writes_a_mixture(tiny_folder, text_file, tmp_path, capsys):
         ),
         ({"nested": [0.9, 0.8]}, r"`num_mixtures` 2 does not go with `nested` \[0.9, 0.8\]"),
         ({"refine_top_k": 4}, "`num_mixtures` 2 does not go with `refine_top_k` 4"),
+        (
+            {"max_perplexity_increase": 0.1},
+            "`num_mixtures` 2 does not go with `max_perplexity_increase` 0.1",
+        ),
     ],
 )
 def test_bad_options(options, message):
+    others = {"nested": None, "refine_top_k": 0, "max_perplexity_increase": None}
     with pytest.raises(ConversionError, match=message):
-        check_mixture(**{"nested": None, "refine_top_k": 0, **GATE, **options})
+        check_mixture(**{**others, **GATE, **options})
