@@ -17,6 +17,7 @@ from .ablation_table import ablation
 from .markdown import is_there, precise, results, table, times
 from .output_layer_tables import gate_rates, gru_svm, gru_svm_claims, margins, mixtures
 from .speed_tables import generation, loss, memory, refined, rounding, speed, speed_peers
+from .target_tables import bounds, targets
 
 README = Path(__file__).parent.parent / "README.md"
 DOCUMENTS = (
@@ -25,6 +26,7 @@ DOCUMENTS = (
         README.parent / "docs" / name
         for name in (
             "ablation.md",
+            "fitting.md",
             "gaussian_moe.md",
             "gru_svm.md",
             "kernels.md",
@@ -173,6 +175,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation training": lambda: ablation("training"),
     "finetuning": finetuning,
     "finetuned": finetuned,
+    "targets": targets,
+    "bounds": bounds,
     "speed": speed,
     "speed amx": lambda: speed("speed_amx"),
     "speed peers": speed_peers,

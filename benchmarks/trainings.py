@@ -52,8 +52,6 @@ ROWS = {
         Row("signs-99", "signs", 0.99),
         Row("signs-98", "signs", 0.98),
         Row("signs-96", "signs", 0.96),
-        Row("tied-98", "signs", 0.98, "tied"),
-        Row("tied-96", "signs", 0.96, "tied"),
         Row("kmeans-99", "kmeans", 0.99),
         Row("whole-99", "signs", 0.99, whole=True),
         Row("whole-98", "signs", 0.98, whole=True),

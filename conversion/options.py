@@ -14,7 +14,7 @@ from .errors import ConversionError
 from .held_out import check_length, long_enough
 
 LAST_SEED = 2**31 - 1  # the largest that every library here takes
-DISTILL_STEPS = 256  # some five minutes for SmolLM2-135M on two cores
+DISTILL_STEPS = 256  # five to eight minutes for SmolLM2-135M on two cores, by its size
 INPUT_DISTILL_STEPS = 128  # likewise
 REFINE_AGREEMENT = 0.999
 
