@@ -329,6 +329,34 @@ def test_an_interrupted_conversion_goes_on(tiny_folder, text_file, tmp_path, mon
     assert again.fit["distillation"] == whole.fit["distillation"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("options", "stage"),
+    [
+        ({}, "distillation"),
+        ({"method": "residual"}, "distillation"),
+        ({"embeddings": "tied", "input_distill_steps": 4}, "end to end"),
+        ({"body_distill_steps": 4}, "body"),
+        ({"num_mixtures": 2}, "mixture"),
+        ({"refine_top_k": 8}, "distillation"),
+    ],
+)
+def test_a_gpu_converts_as_the_processor_does(tiny_folder, text_file, options, stage):
+    """Codes and noise differ by rounding, but not what comes out of them."""
+    given = {"param_reduction": 0.97, "calibration_data": str(text_file), "distill_steps": 12}
+    reports = {
+        device: convert_to_vq(tiny_folder, device=device, **given, **options)
+        for device in ("cpu", "cuda")
+    }
+    assert reports["cuda"].model.device.type == "cuda"
+    found, wanted = (reports[device].perplexity["factor"] for device in ("cuda", "cpu"))
+    assert found == pytest.approx(wanted, rel=0.02)
+    done = reports["cuda"].fit[stage]
+    assert done["kl_after"] <= done["kl_before"]
+    assert done["stopped"] is None
+
+
 def test_the_ladder_shows_the_fit_alone(tiny_folder, text_file):
     options = {"param_reduction": 0.98, "calibration_data": str(text_file), "ladder": True}
     fitted = convert_to_vq(tiny_folder, **options)
