@@ -86,7 +86,9 @@ def sections(reductions: Sequence[float], reduction: float) -> dict[str, list[Co
         if share >= reduction
         for distilled in ("no", "codebook", "codes")
     ]
-    mapping += [Condition("kmeans", reduction, distilled) for distilled in ("no", "codebook")]
+    mapping += [
+        Condition("kmeans", reduction, distilled) for distilled in ("no", "codebook", "codes")
+    ]
     dense = [Condition(None, trained=trained) for trained in TRAININGS]
     trained = [one for one in starts if one.method in ("kmeans", "signs")]
     return {

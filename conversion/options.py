@@ -80,7 +80,7 @@ def distillation_steps(option: str, asked: int | None, method: str, corpus: Corp
             check_length(corpus.calibration, option)
         return asked
     if method != "signs":
-        return 0  # codes of these methods are not learnt, and their gradients are slow
+        return 0  # gradients of index codes are slow
     if not long_enough(corpus.calibration):
         note = "too little calibration text for a distillation: fitted only"
         if note not in corpus.notes:

@@ -191,15 +191,13 @@ class Quantiser:
             head: in place.
             steps: of about a thousand positions each.
             statistics: of the calibration text.
-            learn_codes: sign codes as well; without, they stay and the codebook has all steps.
+            learn_codes: codes as well; without, they stay and the codebook has all steps.
             frozen_bits: bits of each code, the first ones, that stay.
             state_file: where an interrupted run is kept.
             name: in `details`.
         """
         parts = self.parts
-        metric = None
-        if learn_codes and head.code_type == "sign":
-            metric = self._metric(statistics)
+        metric = self._metric(statistics) if learn_codes else None
         with self._bar("distilling", steps) as (notify, advance):
             done = distill(
                 head,

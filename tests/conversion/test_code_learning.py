@@ -16,6 +16,7 @@ from hf_vqlogits.conversion.code_learning import (
 )
 from hf_vqlogits.conversion.distillation import held_out_kl
 from hf_vqlogits.conversion.metric import token_metric
+from hf_vqlogits.conversion.residual import reconstruct
 
 V, D, R = 80, 10, 24
 AFTER = {"plain": {}, "scaled and capped": {"logit_scale": 0.7, "final_logit_softcapping": 4.0}}
@@ -196,3 +197,56 @@ def test_codes_move_alike_however_the_scale_is_divided(fine):
         moved.append(before != ops.unpack_signs(head.codes, R))
     assert moved[0].any()
     assert (moved[0] == moved[1]).double().mean() > 0.99
+
+
+def indexed(groups, size, seed=0):
+    """A head of random index codes and its dense layer: sums of the codewords, by right codes."""
+    generator = torch.Generator().manual_seed(seed)
+    config = GPT2Config(vocab_size=V, n_embd=D, n_head=1)
+    fields = {"code_type": "index", "num_codebooks": groups, "codebook_size": size}
+    head = VQLogitsHead(VQLogitsConfig(text_config=config, **fields))
+    with torch.no_grad():
+        drawn = torch.randn(head.codebook.shape, generator=generator)
+        head.codebook.copy_(drawn / head.score_scale)
+        head.codes.copy_(torch.randint(0, size, head.codes.shape, generator=generator))
+    weight, bias = head.to_linear()
+    hidden = hidden_states(2000, 1)
+    accumulator = StatisticsAccumulator(weight, bias=bias)
+    accumulator.update(hidden)
+    metric = token_metric(weight, accumulator.finish(), bias=bias)
+    return head, metric, (lambda h: h @ weight.T + bias), hidden
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 12), (4, 5)])
+def test_wrong_index_codes_are_put_right(groups, size):
+    head, metric, teacher, hidden = indexed(groups, size)
+    right = head.codes.clone()
+    wrong = torch.arange(V) % 4 == 0
+    head.codes[wrong, 0] = (head.codes[wrong, 0] + 1) % size
+    before = held_out_kl(head, [hidden_states(500, 2)], teacher)
+    for _ in range(3):
+        move_codes(head, metric, slope_of_divergence(head, metric, teacher, [hidden]), 0.5)
+    head.check_codes()
+    assert held_out_kl(head, [hidden_states(500, 2)], teacher) < 0.1 * before
+    assert (head.codes == right).all(1)[wrong].double().mean() > 0.8
+    assert torch.equal(head.codes[~wrong], right[~wrong])
+
+
+def test_slope_and_coordinates_of_index_codes(monkeypatch):
+    head, metric, _, hidden = indexed(3, 5)
+    weight, bias = head.to_linear()
+    vectors = reconstruct(head.codes.long(), whitened_codebook(head, metric))
+    x = torch.nn.functional.pad((hidden - metric.mean) @ metric.unwhiten.T, (0, 1), value=1.0)
+    torch.testing.assert_close(x @ vectors.T, hidden @ weight.T + bias, atol=1e-3, rtol=1e-3)
+    teacher = torch.randn(V, D, generator=torch.Generator().manual_seed(3))
+    some, rows = hidden[:50], x[:50]
+    monkeypatch.setattr(
+        "hf_vqlogits.conversion.code_learning.product_dtype", lambda device: torch.float32
+    )
+    slope = slope_of_divergence(head, metric, lambda h: h @ teacher.T, some.split(20))
+    q = (some @ weight.T + bias).double().softmax(-1)
+    p = (some @ teacher.T).double().softmax(-1)
+    torch.testing.assert_close(
+        slope.gradient.double(), (q - p).T @ rows.double(), atol=1e-3, rtol=1e-3
+    )
+    torch.testing.assert_close(slope.curvature.double(), (q * (1 - q)).sum(0), atol=1e-3, rtol=1e-3)

@@ -107,11 +107,9 @@ def test_the_seed_decides_what_is_redrawn():
 
 @pytest.mark.parametrize(
     ("code_type", "options", "learnt"),
-    [("sign", {}, True), ("sign", {"learn_codes": False}, False), ("index", {}, False)],
+    [("sign", {}, True), ("sign", {"learn_codes": False}, False), ("index", {}, True)],
 )
-def test_codes_of_signs_are_learnt_in_the_metric_of_the_fit(
-    code_type, options, learnt, monkeypatch
-):
+def test_codes_are_learnt_in_the_metric_of_the_fit(code_type, options, learnt, monkeypatch):
     parts = take_apart(tiny_model("llama"))
     blocks = torch.randint(3, 96, (40, 9))
     quantiser = Quantiser(parts, Corpus(blocks, blocks, "text", "text", []), seed=3)
