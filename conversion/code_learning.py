@@ -148,7 +148,7 @@ def move_codes(
     prior = PRIOR * head.logit_scale**2
     weight = slope.curvature + prior
     target = torch.empty_like(metric.rows)
-    common = 0.0
+    common: Tensor | float = 0.0
     if levels is None:  # fits of groups of tokens keep in their rows what all have in common
         common = metric.weight @ (reconstruct(head.codes.long(), codebook) - metric.rows)
     for tile in tiles(len(target)):
