@@ -234,8 +234,9 @@ def claims(rows: list[dict[str, Any]], times: list[dict[str, Any]]) -> list[dict
         svm, softmax = (
             [{"seed": one["seed"], "milliseconds": one[loss]} for one in chosen] for loss in LOSSES
         )
-        told = f"steps of {count} records" if what == "training" else f"{count:,} records at a time"
-        found.append(time_claim(what, told.replace("1 records", "1 record"), svm, softmax))
+        records = f"{count:,} record{'s' if count > 1 else ''}"
+        told = f"steps of {records}" if what == "training" else f"{records} at a time"
+        found.append(time_claim(what, told, svm, softmax))
     return found
 
 

@@ -8,7 +8,7 @@ from .markdown import is_there, results, table, times
 
 
 def _rate(rate: float, at_edge: bool) -> str:
-    return f"{rate:g} (the last tried)" if at_edge else f"{rate:g}"
+    return f"{rate:g} (first or last of those tried)" if at_edge else f"{rate:g}"
 
 
 def gru_svm() -> str:

@@ -70,8 +70,8 @@ def test_margins(monkeypatch, tmp_path):
     lines = output_layer_tables.margins().splitlines()
     assert lines[0].count("|") == lines[2].count("|")
     assert lines[2] == (
-        "| cross_entropy | 0.001 (the last tried) | right tokens, perplexity | **26.00%** | "
-        "25.00% to 27.00% | 91.00 | 89.00 |"
+        "| cross_entropy | 0.001 (first or last of those tried) | right tokens, perplexity | "
+        "**26.00%** | 25.00% to 27.00% | 91.00 | 89.00 |"
     )
 
 

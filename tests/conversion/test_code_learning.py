@@ -190,12 +190,14 @@ def test_codes_move_alike_however_the_scale_is_divided(fine):
     """Long vectors with a small `logit_scale` are the same layer, Cohere's and Granite's way."""
     moved = []
     for scale in (1.0, 1 / 16):
-        head, metric, teacher, hidden = fitted(fine, {"logit_scale": scale}, size=1 / scale)
-        head.codes[:, 0] ^= 4  # a bit of every token is wrong
+        head, metric, dense, hidden = fitted(fine, {"logit_scale": scale}, size=1 / scale)
         before = ops.unpack_signs(head.codes, R)
-        move_codes(head, metric, slope_of_divergence(head, metric, teacher, [hidden]), 2.0)
+        # Not the layer of the fit, towards which the prior pulls.
+        slope = slope_of_divergence(head, metric, lambda h, of=dense: of(h).roll(1, -1), [hidden])
+        move_codes(head, metric, slope, 1.0)
         moved.append(before != ops.unpack_signs(head.codes, R))
     assert moved[0].any()
+    assert torch.equal(*(some.sum(1) > 0 for some in moved))
     assert (moved[0] == moved[1]).double().mean() > 0.99
 
 
@@ -250,3 +252,14 @@ def test_slope_and_coordinates_of_index_codes(monkeypatch):
         slope.gradient.double(), (q - p).T @ rows.double(), atol=1e-3, rtol=1e-3
     )
     torch.testing.assert_close(slope.curvature.double(), (q * (1 - q)).sum(0), atol=1e-3, rtol=1e-3)
+
+
+def test_what_all_rows_have_in_common_is_no_error_of_the_codes():
+    """The metric's rows are without it; those of index codes that group whole vectors are not."""
+    head, metric, teacher, hidden = indexed(1, 12)
+    right = head.codes.clone()
+    with torch.no_grad():
+        head.codebook += 3.0 / head.score_scale
+        head.codebook_bias += 5.0 / head.score_scale
+    move_codes(head, metric, slope_of_divergence(head, metric, teacher, [hidden[:3]]), 0.5)
+    assert torch.equal(head.codes, right)

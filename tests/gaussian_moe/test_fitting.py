@@ -9,7 +9,9 @@ from hf_vqlogits.gaussian_moe import (
     GaussianMoEModel,
     TemperatureSchedule,
     fit_em,
+    fitting,
 )
+from hf_vqlogits.gaussian_moe.em import EMResult
 
 
 def lines(n=400):
@@ -170,6 +172,16 @@ def test_what_the_type_of_the_model_cannot_hold_is_refused_and_nothing_lost():
     report = fit_em(wide, x, 1e160 * y)
     found = float(wide.log_density(x, 1e160 * y).mean().detach())
     assert found == pytest.approx(report.log_likelihood)
+
+
+def test_a_start_that_did_not_end_in_numbers_is_never_the_likeliest():
+    def ended(*log_likelihoods):
+        history = torch.tensor([log_likelihoods]).double()
+        return EMResult(random_mixture(), history, history[0] > 0)
+
+    assert fitting._likeliest(ended(float("nan"), -2.0, -1.0, float("inf"))) == 2
+    with pytest.raises(ValueError, match="No start of the fit ended in numbers"):
+        fitting._likeliest(ended(float("nan"), -float("inf")))
 
 
 def test_what_rounding_costs_is_told(caplog):
