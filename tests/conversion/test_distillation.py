@@ -78,6 +78,13 @@ def test_how_far_a_divergence_may_rise(start, stays, stops):
         assert (training.stopped is not None) == stopped
 
 
+def test_the_judge_measures_and_the_teacher_teaches(setting):
+    """A head that is its teacher has no divergence from it, whatever rounds beside."""
+    done = setting.distill(4, judge=setting.head, learning_rate=1e-9)
+    assert done.kl_before == pytest.approx(0, abs=1e-6)
+    assert setting.distill(4, learning_rate=1e-9).kl_before > 0.1
+
+
 def test_codes_stay_without_a_metric(setting):
     codes = setting.head.codes.clone()
     done = setting.distill(40, learning_rate=0.1)

@@ -112,6 +112,12 @@ def test_gradient_in_chunks_against_autograd_in_float64(setting, monkeypatch):
         )
 
 
+def test_the_judge_measures_and_the_teacher_teaches(setting):
+    plain = setting.distill(2, learning_rate=1e-9)
+    other = setting.distill(2, learning_rate=1e-9, judge=lambda h: 5 * setting.parts.logits(h))
+    assert abs(other.kl_before - plain.kl_before) > 1e-3
+
+
 def test_divergence_falls_on_text_kept_out_and_the_body_stays(setting):
     backbone = setting.backbone
     first = next(backbone.parameters()).requires_grad_(False)
