@@ -1,12 +1,15 @@
-"""The squared hinge loss beside cross-entropy: the same body and heads, trained equally by each.
+"""The squared hinge loss beside cross-entropy: a converted model, fine-tuned equally by each.
 
     python -m benchmarks.margins --work FOLDER --output benchmarks/results/margins.json
 
-gpt2-novels' body with random quantised heads of one size, which train together on novels, no row
-twice: the same rows in the same order. Judged on the evaluation text: the share of next tokens that
-are the most likely one, and the perplexity. Margins are no log-probabilities: theirs is that of
-softmax(t logits), t fitted to rows kept out, as Platt's scaling does it; that of cross-entropy is
-given both ways.
+A head of sign codes is fitted to gpt2-novels, one of its codewords shared by all tokens: margins
+are near -1 for nearly all of them, and fitted codes can learn no number that all have in common.
+For the margins the logits are then scaled and shifted by two numbers, those of least loss, so that
+both trainings begin with the same most likely tokens. Then the whole model trains on novels that
+the fit has not seen, no row twice: the same rows in the same order. Judged on the evaluation text,
+before and after: the share of next tokens that are the most likely one, and the perplexity. Margins
+are no log-probabilities: theirs is that of softmax(t logits), t fitted to rows kept out, as Platt's
+scaling does it; that of cross-entropy is given both ways.
 
 For each loss the learning rate is the best of those given, or of some beyond the last of them, on
 rows kept out: once by that share, and once by that perplexity. Where these are two rates, the loss
@@ -17,6 +20,7 @@ import argparse
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,46 +29,76 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_vqlogits import VQLogitsConfig, VQLogitsForCausalLM
+from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.configuration_vqlogits import OUTPUT_LOSSES
-from hf_vqlogits.conversion.families import head_config
+from hf_vqlogits.conversion.quantise import Quantiser
+from hf_vqlogits.conversion.signs import SignFit
 from hf_vqlogits.conversion.sizes import choose_size
 from hf_vqlogits.conversion.streaming import hidden_states
+from hf_vqlogits.gru_svm.squared_hinge import squared_hinge
+from hf_vqlogits.ops import pack_signs, unpack_signs
 
+from .calibrated import calibrated
+from .models import fit_head, quantised_model
 from .protocol import Case, further_novels, load_case
 from .rates import at_edge, best, search
 from .record import record, write
 from .training import Schedule, fine_tune, training_rows
 from .work_folder import WorkFolder
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1, 2)
 HELD_ROWS = 64
 SCALE_ROWS = 16  # of these, to fit t to
+START_TOKENS = 512  # of the text to train on, to scale and shift the logits for margins by
 TEMPERATURES = 40  # on a logarithmic grid between 1/10 and 100
+FIGURES = {"right": ".2%", "perplexity": ".1f", "perplexity_scaled": ".1f"}
 CRITERIA: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "right tokens": lambda made: -made["right_on_rows_kept_out"],
     "perplexity": lambda made: made["nats_on_rows_kept_out"],
 }
 
 
-def make_model(case: Case, reduction: float, loss: str, seed: int) -> VQLogitsForCausalLM:
-    """The case's body with a random head."""
-    vocab_size, hidden_size = case.parts.weight.shape
-    size = choose_size(
-        "signs",
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        param_reduction=reduction,
-        fine_share=0.0,
+def with_a_shared_codeword(head: VQLogitsHead) -> SignFit:
+    """A head of one codeword more, a zero one that all tokens have.
+
+    Args:
+        head: fitted, of one sign code a token.
+    """
+    signs = unpack_signs(head.codes, head.num_codebooks)
+    codebook, bias = (head.score_scale * t.detach() for t in (head.codebook, head.codebook_bias))
+    return SignFit(
+        pack_signs(torch.cat([signs.new_ones(len(signs), 1), signs], dim=1)),
+        torch.cat([torch.zeros_like(codebook[:1]), codebook]),
+        torch.cat([torch.zeros_like(bias[:1]), bias]),
     )
-    torch.manual_seed(seed)
-    config: VQLogitsConfig = head_config(
-        case.parts, num_codebooks=size.num_codebooks, output_loss=loss
-    )
-    model = VQLogitsForCausalLM(config)
-    model.model.backbone.load_state_dict(case.parts.backbone.state_dict())
-    return model
+
+
+def to_margins(head: VQLogitsHead, hidden: Tensor, labels: Tensor) -> None:
+    """Scale and shift all logits by the two numbers of least squared hinge loss, in place.
+
+    Args:
+        head: of [`with_a_shared_codeword`].
+        hidden: (n, d).
+        labels: (n,).
+    """
+    with torch.no_grad():
+        logits = head(hidden).float()
+    numbers = torch.tensor([0.0, -1.0], requires_grad=True)
+    optimiser = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = squared_hinge(numbers[0] * logits + numbers[1], labels) / len(labels)
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    scale, shift = numbers.detach()
+    with torch.no_grad():
+        head.codebook.mul_(scale)
+        head.codebook_bias.mul_(scale)
+        head.codebook_bias[0] += shift / head.score_scale
 
 
 @torch.no_grad()
@@ -120,25 +154,63 @@ class Bench:
     """Trainings of one case, kept in a folder.
 
     Args:
-        case: the model, and the evaluation text.
+        case: heads are fitted to its calibration text, and judged on its evaluation text.
         text: token ids (rows, context + 1) to train on; the last `HELD_ROWS` are kept out.
         schedule: of every training.
         reduction: share of the output layer's parameters that a head saves.
-        work: where finished trainings are kept.
+        work: where the statistics of the calibration text, and finished trainings, are kept.
+        seed: of the fit.
     """
 
     def __init__(
-        self, case: Case, text: Tensor, schedule: Schedule, reduction: float, work: WorkFolder
+        self,
+        case: Case,
+        text: Tensor,
+        schedule: Schedule,
+        reduction: float,
+        work: WorkFolder,
+        seed: int,
     ):
-        self.case, self.schedule, self.reduction, self.work = case, schedule, reduction, work
+        self.case, self.schedule, self.work = case, schedule, work
         self.held = text[-HELD_ROWS:]
         self.rows = training_rows(text[:-HELD_ROWS], schedule.context)
+        vocab_size, hidden_size = case.parts.weight.shape
+        self.size = choose_size(
+            "signs",
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            param_reduction=reduction,
+            fine_share=0.0,
+        )
+        self.quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
+        statistics, _ = calibrated(case, self.quantiser, work)
+        fewer = replace(self.size, num_codebooks=self.size.num_codebooks - 1)
+        fitted = with_a_shared_codeword(fit_head(self.quantiser, "signs", fewer, statistics))
+        self.head = self.quantiser.head_of(self.size, statistics, fitted)
+        blocks = text[: -(-START_TOKENS // schedule.context)]
+        parts = list(hidden_states(case.parts.backbone, blocks))
+        self.start = tuple(torch.cat(some)[:START_TOKENS] for some in zip(*parts, strict=True))
+
+    def model(self, loss: str) -> Any:
+        """The converted model, as its training begins."""
+        model: Any = quantised_model(self.quantiser, self.size, self.head)
+        model.config.output_loss = loss
+        if loss == "squared_hinge":
+            to_margins(model.lm_head, *self.start)
+        return model.eval()
+
+    def untrained(self, loss: str) -> dict[str, Any]:
+        """How the converted model is judged before the training."""
+        return self.work.result(
+            f"{loss}-untrained",
+            lambda: judge(self.model(loss), self.held, self.case.evaluation),
+        )
 
     def run(self, loss: str, rate: float, seed: int) -> dict[str, Any]:
         """Train by one loss, and judge it."""
 
         def make() -> dict[str, Any]:
-            model = make_model(self.case, self.reduction, loss, seed)
+            model = self.model(loss)
             losses = fine_tune(model, self.rows, self.schedule, learning_rate=rate, seed=seed)
             made = judge(model, self.held, self.case.evaluation)
             made |= {"learning_rate": rate, "seed": seed}
@@ -162,6 +234,7 @@ class Bench:
             {
                 "output_loss": loss,
                 "chosen_by": names,
+                "untrained": self.untrained(loss),
                 "rate_at_edge": at_edge(rate, list(tried)),
                 "learning_rates": [tried[one] for one in sorted(tried)],
                 "runs": [tried[rate], *(self.run(loss, rate, seed) for seed in others)],
@@ -173,16 +246,16 @@ class Bench:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print means over seeds."""
     for row in rows:
-        for text in row["runs"][0]["texts"]:
+        for text, before in row["untrained"]["texts"].items():
             figures = [made["texts"][text] for made in row["runs"]]
             right, plain, scaled = (
-                mean(one[name] for one in figures)
-                for name in ("right", "perplexity", "perplexity_scaled")
+                f"{before[name]:{form}} to {mean(one[name] for one in figures):{form}}"
+                for name, form in FIGURES.items()
             )
             chosen = " and ".join(row["chosen_by"])
             print(
-                f"{row['output_loss']}, rate by {chosen}, {text}: {right:.2%} of tokens right, "
-                f"perplexity {plain:.1f}, of scaled logits {scaled:.1f}"
+                f"{row['output_loss']}, rate by {chosen}, {text}: right tokens {right}, "
+                f"perplexity {plain}, of scaled logits {scaled}"
             )
 
 
@@ -192,7 +265,8 @@ def main() -> None:
     p.add_argument("--data", type=Path, default=Path("../shared/data"))
     p.add_argument("--models", type=Path, default=Path("../shared/models"))
     p.add_argument("--param-reduction", type=float, default=0.99)
-    p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--steps", type=int, default=150)
+    p.add_argument("--seed", type=int, default=0, help="of the fit")
     p.add_argument("--quick", action="store_true", help="two steps, one rate and seed, little text")
     p.add_argument("--work", type=Path, help="folder of what is done; default nothing is kept")
     p.add_argument("--output", type=Path, required=True)
@@ -205,6 +279,7 @@ def main() -> None:
     wanted = steps * schedule.tokens_per_step + HELD_ROWS * context
     text = further_novels(case, options.data, wanted + 4 * context)  # files end in mid-row
     settings = {
+        "seed": options.seed,
         "quick": options.quick,
         "model": case.name,
         "param_reduction": options.param_reduction,
@@ -217,7 +292,8 @@ def main() -> None:
             work = WorkFolder(options.work or Path(folder), settings)
         except ValueError as error:
             p.error(str(error))
-        bench = Bench(case, text, schedule, options.param_reduction, work)
+        reduction = options.param_reduction
+        bench = Bench(case, text, schedule, reduction, work, options.seed)
         rows = [row for loss in OUTPUT_LOSSES for row in bench.measure(loss, rates, seeds)]
     result = record("margins", **settings, seeds=list(seeds), rows=rows)
     write(result, options.output)

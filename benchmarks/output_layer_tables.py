@@ -63,23 +63,28 @@ def margins() -> str:
     if not is_there("margins"):
         return ""
     rows = results("margins")["rows"]
-    texts = list(rows[0]["runs"][0]["texts"])
+    texts = list(rows[0]["untrained"]["texts"])
     header = (
-        f"loss | learning rate | best by | right tokens, {' / '.join(texts)} | least to most | "
-        "perplexity | of scaled logits"
+        f"loss | learning rate | best by | right tokens, {' / '.join(texts)}: converted | trained "
+        "| least to most | perplexity: converted | trained | of scaled logits: converted | trained"
     )
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
         def each(name: str) -> list[list[float]]:
             return [[made["texts"][text][name] for made in row["runs"]] for text in texts]
 
+        def before(name: str) -> list[float]:
+            return [row["untrained"]["texts"][text][name] for text in texts]
+
         yield row["output_loss"]
         yield _rate(row["runs"][0]["learning_rate"], row["rate_at_edge"])
         yield ", ".join(row["chosen_by"])
+        yield " / ".join(f"{one:.2%}" for one in before("right"))
         yield " / ".join(f"**{mean(one):.2%}**" for one in each("right"))
         yield " / ".join(f"{min(one):.2%} to {max(one):.2%}" for one in each("right"))
-        yield " / ".join(f"{mean(one):,.2f}" for one in each("perplexity"))
-        yield " / ".join(f"{mean(one):,.2f}" for one in each("perplexity_scaled"))
+        for name in ("perplexity", "perplexity_scaled"):
+            yield " / ".join(f"{one:,.2f}" for one in before(name))
+            yield " / ".join(f"{mean(one):,.2f}" for one in each(name))
 
     return table(header, map(cells, rows))
 

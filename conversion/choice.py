@@ -12,7 +12,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from .errors import ConversionError
 from .sizes import FLOAT32_BYTES, HeadSize, choose_size
@@ -209,7 +208,6 @@ def check_choice(
     increase: float,
     method: str,
     embeddings: str,
-    state_file: Path | None,
     **sizes: float | Sequence[float] | None,
 ) -> None:
     """Check `max_perplexity_increase` and the options beside it.
@@ -218,7 +216,6 @@ def check_choice(
         increase: the option.
         method: that makes the codes.
         embeddings: what becomes of the input embedding.
-        state_file: of a distillation, or None.
         **sizes: options that choose the size, by name; None where not given.
 
     Raises:
@@ -242,9 +239,4 @@ def check_choice(
         raise ConversionError(
             f"{name} judges output layers alone, and `embeddings` {embeddings!r} changes more; "
             "choose with 'keep', then convert with the `bits` that the report names."
-        )
-    if state_file is not None:
-        raise ConversionError(
-            f"`distill_state` {str(state_file)!r} keeps one distillation, and {name} makes "
-            f"several, up to {MOST_DISTILLATIONS}; leave it out."
         )

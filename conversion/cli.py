@@ -108,8 +108,8 @@ def parser() -> argparse.ArgumentParser:
         "--distill-state",
         metavar="FILE",
         help="keep the state of the distillation, so that the same command goes on after an "
-        "interrupt; removed at the end; with --nested one file for each size, its bits behind the "
-        "name",
+        "interrupt; removed at the end; with --nested or --max-perplexity-increase one file for "
+        "each size, its bits behind the name",
     )
     p.add_argument(
         "--embeddings",

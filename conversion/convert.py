@@ -26,14 +26,14 @@ from .checkpoint import (
 )
 from .choice import check_choice, sizes_to_choose_from
 from .corpus import prepare_corpus
-from .distillation_state import check_state_file
+from .distillation_state import check_state_file, state_files
 from .embeddings import check_embeddings, choose_embedding_bits, embedding_bytes
 from .errors import ConversionError
 from .families import take_apart
 from .held_out import check_length, keep_out
 from .mixing import check_mixture, mix
 from .nested_sizes import check_nested, choose_nested_size
-from .nesting import nested_heads, state_files
+from .nesting import nested_heads
 from .options import (
     LAST_SEED,
     REFINE_AGREEMENT,
@@ -106,8 +106,7 @@ def convert_to_vq(
         bits_per_weight: R / d instead (signs).
         max_perplexity_increase: instead, take the smallest head that raises the perplexity of the
             evaluation text, after its distillation, by at most this share, 0.02 for 2% (signs,
-            with `embeddings` `"keep"` and without `distill_state`). Several heads are fitted and
-            up to four distilled.
+            with `embeddings` `"keep"`). Several heads are fitted and up to four distilled.
         nested: several `param_reduction` instead, of which the smallest is the size that holds the
             others: each is loaded by its `num_codebooks` (signs, not with `embeddings` `"tied"`).
             Each is fitted and distilled, in the time of as many conversions; `input_distill_steps`
@@ -127,8 +126,8 @@ def convert_to_vq(
         distill_steps: steps, of about a thousand positions each, of training codes and codebook
             towards the dense layer; default 256 for signs where the text is long enough, else 0.
         distill_state: file that keeps the state of the distillation, so that the same call goes on
-            after an interrupt; removed at the end. With `nested` one for each size, of this name
-            with the size's bits behind it.
+            after an interrupt; removed at the end. With `nested` or `max_perplexity_increase` one
+            for each size that is distilled, of this name with the size's bits behind it.
         embeddings: `"keep"`: the input embedding stays as it is; `"vq"`: it gets sign codes and a
             codebook of its own; `"tied"`: it takes those of the output layer, in models whose two
             sides are one table.
@@ -185,9 +184,7 @@ def convert_to_vq(
         increase = {"max_perplexity_increase": max_perplexity_increase}
         check_nested(nested, method, embeddings, ladder=ladder, **increase, **choosing)
     if max_perplexity_increase is not None:
-        check_choice(
-            max_perplexity_increase, method, embeddings, state_file, nested=nested, **choosing
-        )
+        check_choice(max_perplexity_increase, method, embeddings, nested=nested, **choosing)
     check_size_options(method, **sizes)
     check_options(embeddings, embedding_bits, ladder, method, folder, push_to_hub)
     input_distill_steps = check_input_steps(input_distill_steps, embeddings)
@@ -236,10 +233,9 @@ def convert_to_vq(
         )
     else:
         size = choose_size(method, vocab_size=vocab_size, hidden_size=hidden_size, **sizes)
-    files = {} if state_file is None else state_files(size, state_file)
-    if nested is not None:
-        for file in files.values():
-            check_state_file(file, distill_steps, input_distill_steps)
+    files = {} if state_file is None else state_files(choices or size.rungs, state_file)
+    for file in files.values():
+        check_state_file(file, distill_steps, input_distill_steps, body_distill_steps)
     steps = _ladder_sizes(vocab_size, hidden_size, fine_share) if ladder else []
     check_embeddings(embeddings, parts)
     embedding_bits = choose_embedding_bits(embeddings, parts, size, embedding_bits)
@@ -281,8 +277,10 @@ def convert_to_vq(
             choices,
             ladder=steps,
             distill_steps=distill_steps,
+            files=files,
         )
         size, head, rungs = selection.size, selection.head, selection.rungs
+        files = selection.files
     elif nested is not None:
         rungs = nested_heads(quantiser, size, statistics, distill_steps=distill_steps, files=files)
         head = rungs.pop(size)

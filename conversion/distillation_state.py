@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConversionError
+from .sizes import HeadSize
 
 HEAD, MIXTURE, END_TO_END, BODY = "head", "mixture", "end to end", "body"  # the stages, in order
 FORMAT = "stages of a distillation"
@@ -48,6 +49,23 @@ def check_state_file(file: Path, *steps: int | None) -> None:
         )
     if file.exists():
         _read(file)
+
+
+def state_files(sizes: Sequence[HeadSize], state_file: Path) -> dict[HeadSize, Path]:
+    """Where the distillations of one head, or of several sizes of sign codes, are kept.
+
+    Args:
+        sizes: at least one.
+        state_file: as asked for.
+
+    Returns:
+        Files by size: that one, or where there are several sizes one for each, with its bits behind
+        the name.
+    """
+    if len(sizes) == 1:
+        return {sizes[0]: state_file}
+    name = state_file.name
+    return {size: state_file.with_name(f"{name}.{size.num_codebooks}") for size in sizes}
 
 
 def save_state(file: Path, stage: str, key: str, state: dict[str, Any]) -> None:

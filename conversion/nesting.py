@@ -32,8 +32,8 @@ def nested_heads(
         size: of sign codes.
         statistics: of the calibration text.
         distill_steps: steps of the distillation of each size.
-        files: where interrupted distillations are kept, of [`state_files`]; empty keeps nothing.
-            Whoever has no further use for them removes them.
+        files: where interrupted distillations are kept, by size; empty keeps nothing. Whoever has
+            no further use for them removes them.
 
     Returns:
         Heads by size, ascending; each holds the codebooks of those before it.
@@ -61,23 +61,6 @@ def nested_heads(
                 )
         heads[rung], inside = head, _fit_of(head)
     return heads
-
-
-def state_files(size: HeadSize, state_file: Path) -> dict[HeadSize, Path]:
-    """Where the distillations of a size, and of those that it holds, are kept.
-
-    Args:
-        size: of the head.
-        state_file: as asked for.
-
-    Returns:
-        Files by size, ascending: that one, or where there are sizes inside one for each, with its
-        bits behind the name.
-    """
-    if not size.nested_codebooks:
-        return {size: state_file}
-    name = state_file.name
-    return {rung: state_file.with_name(f"{name}.{rung.num_codebooks}") for rung in size.rungs}
 
 
 def _fit_of(head: VQLogitsHead) -> SignFit:

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hf_vqlogits import VQLogitsHead
@@ -28,6 +30,7 @@ class Selection:
         head: after its distillation.
         rungs: heads of the ladder, by the fit alone.
         candidates: all that was tried, smallest first.
+        files: of the distillations that were kept.
     """
 
     increase: float
@@ -35,6 +38,7 @@ class Selection:
     head: VQLogitsHead
     rungs: dict[HeadSize, VQLogitsHead]
     candidates: list[Candidate]
+    files: dict[HeadSize, Path]
 
     def tell(self, report: ConversionReport) -> None:
         """Put into a report what was tried."""
@@ -53,6 +57,7 @@ def select_head(
     *,
     ladder: list[HeadSize],
     distill_steps: int,
+    files: Mapping[HeadSize, Path],
 ) -> Selection:
     """Fit, distil and judge heads until the smallest within a limit is found.
 
@@ -63,14 +68,16 @@ def select_head(
         sizes: that may be chosen, ascending.
         ladder: sizes to fit first, whatever they show; without any, a third of the largest.
         distill_steps: of every candidate; 0 chooses by the fit alone.
+        files: where interrupted distillations are kept, by size; empty keeps nothing. Whoever has
+            no further use for them removes them.
 
     Returns:
         The selection.
 
     Raises:
-        ConversionError: no size keeps within the limit.
+        ConversionError: no size keeps within the limit, or a state file is of something else.
     """
-    heads = _Heads(quantiser, statistics, distill_steps)
+    heads = _Heads(quantiser, statistics, distill_steps, files)
     by_bits = {size.num_codebooks: size for size in (*ladder, *sizes)}
     start = ladder or [sizes[len(sizes) // 3]]
     limit = math.log1p(increase)
@@ -87,14 +94,22 @@ def select_head(
         raise ConversionError(_nothing_found(candidates, increase, sizes[-1]))
     size = by_bits[choice.bits]
     rungs = {rung: heads.fitted[rung] for rung in ladder}
-    return Selection(increase, size, heads.result(size), rungs, candidates)
+    kept = {by_bits[bits]: files[by_bits[bits]] for bits in choice.judged} if files else {}
+    return Selection(increase, size, heads.result(size), rungs, candidates, kept)
 
 
 class _Heads:
     """Makes heads and judges them on the evaluation text, whose hidden states it keeps."""
 
-    def __init__(self, quantiser: Quantiser, statistics: CalibrationStatistics, steps: int):
+    def __init__(
+        self,
+        quantiser: Quantiser,
+        statistics: CalibrationStatistics,
+        steps: int,
+        files: Mapping[HeadSize, Path],
+    ):
         self._quantiser, self._statistics, self._steps = quantiser, statistics, steps
+        self._files = files
         with quantiser.timed("fit"):
             self._fitter = quantiser.sign_fitter(statistics)
         with quantiser.timed("evaluation"):
@@ -113,7 +128,8 @@ class _Heads:
     def distil(self, size: HeadSize) -> float:
         quantiser, head = self._quantiser, copy.deepcopy(self.fitted[size])
         with quantiser.timed("distillation"):
-            quantiser.distill(head, self._steps, self._statistics)
+            state_file = self._files.get(size)
+            quantiser.distill(head, self._steps, self._statistics, state_file=state_file)
         self._distilled[size] = head, quantiser.details["distillation"]
         return self._growth(head)
 

@@ -1,13 +1,19 @@
 """The whole benchmark on a tiny random model."""
 
+import copy
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import margins
+from benchmarks.training import Schedule
+from benchmarks.work_folder import WorkFolder
+from hf_vqlogits.conversion.calibration import CalibrationStatistics
+from hf_vqlogits.gru_svm.squared_hinge import squared_hinge
 
 
 def test_both_losses_learn_and_are_judged(tiny_case, tmp_path, monkeypatch, capsys):
@@ -32,6 +38,7 @@ def test_both_losses_learn_and_are_judged(tiny_case, tmp_path, monkeypatch, caps
         assert sorted(chosen) == ["perplexity", "right tokens"]
     for row in result["rows"]:
         assert len(row["runs"]) == 2
+        assert row["untrained"]["texts"]["novels"]["right"] < 0.2
         assert {made["learning_rate"] for made in row["learning_rates"]} >= {1e-2, 3e-2}
         for name in row["chosen_by"]:
             of = margins.CRITERIA[name]
@@ -43,7 +50,7 @@ def test_both_losses_learn_and_are_judged(tiny_case, tmp_path, monkeypatch, caps
     margin = rows["squared_hinge"]["runs"][0]
     assert margin["factor_on_logits"] > 1
     assert margin["texts"]["novels"]["perplexity"] > margin["texts"]["novels"]["perplexity_scaled"]
-    assert "of tokens right" in capsys.readouterr().out
+    assert "novels: right tokens 0.00% to 100.00%" in capsys.readouterr().out
 
     monkeypatch.setattr(margins, "fine_tune", None)  # nothing is trained again
     margins.main()
@@ -55,23 +62,54 @@ def test_both_losses_learn_and_are_judged(tiny_case, tmp_path, monkeypatch, caps
     assert "is of other settings" in capsys.readouterr().err
 
 
-def test_only_the_loss_and_the_common_codeword_differ(tiny_case):
-    models = [margins.make_model(tiny_case, 0.9, loss, 0) for loss in margins.OUTPUT_LOSSES]
-    one, other = (model.lm_head for model in models)
-    assert torch.equal(one.codebook[1:], other.codebook[1:])
-    assert torch.equal(one.codes[:, 1:], other.codes[:, 1:])
-    assert (other.codes[:, 0] & 1).all()
-    assert one.num_fine_tokens == 0
-    hidden = torch.zeros(1, one.in_features)
-    torch.testing.assert_close(other(hidden), torch.full((1, 300), -1.0), atol=1e-3, rtol=0)
-    for model in models:
-        body, source = model.model.backbone.state_dict(), tiny_case.parts.backbone.state_dict()
+@pytest.fixture
+def bench(tiny_case, tmp_path):
+    context = tiny_case.calibration.shape[1] - 1
+    schedule = Schedule(2, tokens_per_step=context, batch_size=1, context=context)
+    work = WorkFolder(tmp_path / "work", {})
+    return margins.Bench(tiny_case, tiny_case.calibration, schedule, 0.9, work, 0)
+
+
+def test_a_codeword_that_all_share_changes_no_logits(bench):
+    fitted = bench.quantiser.sign_heads(
+        [replace(bench.size, num_codebooks=bench.size.num_codebooks - 1)],
+        CalibrationStatistics(**bench.work.tensors("gpt2-novels-calibration", None)["statistics"]),
+    )
+    [plain] = fitted.values()
+    hidden = torch.randn(5, plain.in_features)
+    close = 2e-3 * float(plain(hidden).detach().std())  # scores are rounded, other ones otherwise
+    assert bench.head.num_codebooks == plain.num_codebooks + 1
+    torch.testing.assert_close(bench.head(hidden), plain(hidden), atol=close, rtol=0)
+    with torch.no_grad():
+        moved = copy.deepcopy(bench.head)
+        moved.codebook_bias[0] += 2.0 / moved.score_scale
+        torch.testing.assert_close(moved(hidden), plain(hidden) + 2, atol=close, rtol=0)
+
+
+def test_both_losses_begin_with_the_same_order_and_margins_where_their_loss_is_least(bench):
+    plain, model = (bench.model(loss) for loss in margins.OUTPUT_LOSSES)
+    assert [m.config.output_loss for m in (plain, model)] == list(margins.OUTPUT_LOSSES)
+    hidden, labels = bench.start
+    assert len(hidden) == len(labels) == margins.START_TOKENS
+    with torch.no_grad():
+        logits, found = plain.lm_head(hidden).double(), model.lm_head(hidden).double()
+        assert torch.equal(logits.argmax(-1), found.argmax(-1))
+
+        def loss(scale, shift):
+            return float(squared_hinge(scale * found + shift, labels))
+
+        least = loss(1.0, 0.0)
+        for scale, shift in ((1.05, 0.0), (0.95, 0.0), (1.0, 0.02), (1.0, -0.02)):
+            assert loss(scale, shift) > least
+    assert least < float(squared_hinge(torch.full_like(found, -1.0), labels))
+    for one in (plain, model):
+        body, source = one.model.backbone.state_dict(), bench.case.parts.backbone.state_dict()
         assert all(torch.equal(body[name], source[name]) for name in source)
 
 
-def test_the_factor_on_the_logits_is_the_best_one(tiny_case):
-    model = margins.make_model(tiny_case, 0.9, "cross_entropy", 0).eval()
-    held = tiny_case.calibration[:4]
+def test_the_factor_on_the_logits_is_the_best_one(bench):
+    model = bench.model("cross_entropy")
+    held = bench.case.calibration[:4]
     made = margins.judge(model, held, {"held": held})
     figures = made["texts"]["held"]
     assert figures["perplexity_scaled"] <= figures["perplexity"]

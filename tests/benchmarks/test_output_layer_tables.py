@@ -63,7 +63,11 @@ def test_margins(monkeypatch, tmp_path):
         return {"learning_rate": 1e-3, "texts": {"novels": text}}
 
     runs = [run(0.25, 90.0, 88.0), run(0.27, 92.0, 90.0)]
-    chosen = {"chosen_by": ["right tokens", "perplexity"], "rate_at_edge": True}
+    chosen = {
+        "chosen_by": ["right tokens", "perplexity"],
+        "rate_at_edge": True,
+        "untrained": run(0.24, 95.0, 94.0),
+    }
     (tmp_path / "margins.json").write_text(
         json.dumps({"rows": [{"output_loss": "cross_entropy", "runs": runs, **chosen}]})
     )
@@ -71,7 +75,7 @@ def test_margins(monkeypatch, tmp_path):
     assert lines[0].count("|") == lines[2].count("|")
     assert lines[2] == (
         "| cross_entropy | 0.001 (first or last of those tried) | right tokens, perplexity | "
-        "**26.00%** | 25.00% to 27.00% | 91.00 | 89.00 |"
+        "24.00% | **26.00%** | 25.00% to 27.00% | 95.00 | 91.00 | 94.00 | 89.00 |"
     )
 
 

@@ -72,7 +72,6 @@ def test_json_is_the_report_and_nothing_else(tiny_folder, text_file, tmp_path, m
         (("--bits", 10**12), "`bits` 1000000000000 makes codes of more than 32 bits a weight"),
         (("--max-perplexity-increase", 2), "0 and be at most 1, got 2.0; 0.02 allows 2% more"),
         (("--max-perplexity-increase", 0.1, "--bits", 8), "and `bits` 8 as well; give one of them"),
-        (("--max-perplexity-increase", 0.1, "--distill-state", "x"), "keeps one distillation, and"),
         (("--device", "foo"), "`device` 'foo' cannot be used"),
         (("--dtype", "float8_e4m3fn"), "`dtype` 'float8_e4m3fn' is no type that a model can be"),
         (("--seed", 5_000_000_000), "`seed` must be at most 2147483647, got 5000000000"),

@@ -5,7 +5,13 @@ import os
 import pytest
 import torch
 
-from hf_vqlogits.conversion import ConversionError, convert_to_vq, selection
+from hf_vqlogits.conversion import (
+    ConversionError,
+    convert_to_vq,
+    distillation,
+    selection,
+    training,
+)
 from hf_vqlogits.conversion.cli import main
 
 
@@ -103,6 +109,57 @@ def test_the_distillation_told_of_is_that_of_the_result(tiny_folder, short_file,
     assert report.fit["distillation"] == dict(made)[report.num_codebooks]
 
 
+def test_an_interrupted_search_goes_on(tiny_folder, short_file, tmp_path, monkeypatch):
+    options = {"max_perplexity_increase": 0.02, "calibration_data": short_file, "distill_steps": 12}
+    whole = convert_to_vq(tiny_folder, **options)
+    options["distill_state"] = tmp_path / "state"
+    save, judge = training.save_state, distillation.held_out_kl
+    begun, judged = [], []
+
+    def interrupt(file, *arguments):
+        save(file, *arguments)
+        begun.append(file)
+        if len(set(begun)) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_state", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        convert_to_vq(tiny_folder, **options)
+    assert set(tmp_path.iterdir()) == set(begun)
+    finished = int(begun[0].suffix[1:])
+    assert begun[0].name == f"state.{finished}"
+
+    def watch(head, *arguments):
+        judged.append(head.num_codebooks)
+        return judge(head, *arguments)
+
+    monkeypatch.setattr(training, "save_state", save)
+    monkeypatch.setattr(distillation, "held_out_kl", watch)
+    (tmp_path / "state.8000").write_bytes(b"years of work")  # of no size that is tried
+    again = convert_to_vq(tiny_folder, **options)
+    assert judged
+    assert finished not in judged  # what was finished is not made again
+    assert [file.name for file in tmp_path.iterdir()] == ["state.8000"]
+    for name, tensor in whole.model.lm_head.state_dict().items():
+        assert torch.equal(again.model.lm_head.state_dict()[name], tensor)
+    assert again.candidates == whole.candidates
+
+
+def test_a_file_that_is_no_state_is_told_before_the_model_is_read(
+    tiny_folder, short_file, tmp_path, monkeypatch
+):
+    (tmp_path / "state.24").write_bytes(b"years of work")
+    monkeypatch.setattr(selection.Quantiser, "calibrate", None)
+    with pytest.raises(ConversionError, match="state.24' holds no state of a distillation"):
+        convert_to_vq(
+            tiny_folder,
+            max_perplexity_increase=0.02,
+            calibration_data=short_file,
+            distill_state=tmp_path / "state",
+        )
+    assert (tmp_path / "state.24").read_bytes() == b"years of work"
+
+
 def test_the_same_seed_gives_the_same_bytes(tiny_folder, short_file):
     options = {"max_perplexity_increase": 0.03, "calibration_data": short_file, "distill_steps": 12}
     first, again = (convert_to_vq(tiny_folder, **options) for _ in range(2))
@@ -131,7 +188,6 @@ def test_no_size_within_the_limit_writes_nothing(
     ("options", "message"),
     [
         ({"bits": 8, "num_codebooks": 3}, "and `bits` 8 and `num_codebooks` 3 as well"),
-        ({"distill_state": "state"}, "keeps one distillation"),
         ({"embeddings": "tied"}, "choose with 'keep'"),
         ({"method": "kmeans"}, "does not apply to 'kmeans'"),
     ],
