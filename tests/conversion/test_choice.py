@@ -1,5 +1,4 @@
 import math
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -186,7 +185,7 @@ def test_a_vocabulary_too_small_for_any_size():
         sizes_to_choose_from(6, 640, None)
 
 
-OPTIONS = {"method": "signs", "embeddings": "keep", "state_file": None}
+OPTIONS = {"method": "signs", "embeddings": "keep"}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +205,6 @@ OPTIONS = {"method": "signs", "embeddings": "keep", "state_file": None}
         ),
         (0.02, {"method": "kmeans"}, "among sign codes; it does not apply to 'kmeans'"),
         (0.02, {"embeddings": "tied"}, "`embeddings` 'tied' changes more; choose with 'keep'"),
-        (0.02, {"state_file": Path("state")}, "'state' keeps one distillation, .* up to 4; leave"),
     ],
 )
 def test_options_that_contradict(increase, options, message):
