@@ -29,16 +29,19 @@ def draw_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """
     rows, vocab_size = probabilities.shape
     width = -(-vocab_size // BLOCKS)
-    whole = torch.nn.functional.pad(probabilities, (0, -vocab_size % width))
-    blocks = whole.view(rows, -1, width)
-    sums = blocks.sum(-1)
+    whole = vocab_size // width * width
+    sums = probabilities[:, :whole].unflatten(1, (-1, width)).sum(-1)
+    if whole < vocab_size:
+        sums = torch.cat([sums, probabilities[:, whole:].sum(-1, keepdim=True)], dim=1)
     ends = sums.cumsum(-1)
     place = torch.rand(rows, 1, generator=generator).to(probabilities.device) * ends[:, -1:]
     # Where it rounded up to the total: the last block, and token, that has any of it.
     most = torch.searchsorted(ends, ends[:, -1:].contiguous())
     block = torch.minimum(torch.searchsorted(ends, place, right=True), most)
     place = place - (ends - sums).gather(1, block)
-    within = blocks.gather(1, block[:, :, None].expand(-1, 1, width)).squeeze(1).cumsum(-1)
+    tokens = block * width + torch.arange(width, device=block.device)
+    within = probabilities.gather(1, tokens.clamp(max=vocab_size - 1))
+    within = within.masked_fill(tokens >= vocab_size, 0).cumsum(-1)
     most = torch.searchsorted(within, within[:, -1:].contiguous())
     token = torch.minimum(torch.searchsorted(within, place, right=True), most)
     return (block * width + token).squeeze(1)
