@@ -176,7 +176,7 @@ def test_memory_grows_neither_with_the_text_nor_with_vocabulary_times_bits(monke
         statistics = accumulator.finish()
     with LargestFloats() as fit:
         sign_fitter(weight, statistics).fit(bits)
-    assert vocab * size <= calibration.elements < vocab * positions / 4
+    assert vocab * size <= calibration.elements < vocab * positions / 2
     assert vocab * size <= fit.elements < vocab * bits
 
 
