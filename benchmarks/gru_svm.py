@@ -119,8 +119,9 @@ class Bench:
     ) -> dict[str, Any]:
         """One output layer in one setting, with all seeds."""
         recipe = self._recipe(loss, rate, **fields)
+        name = f"{setting}-{loss}-rate{rate:g}-dropout{recipe.dropout:g}"
         runs = [
-            self._run(f"{setting}-{loss}-{seed}", recipe, self.train, self.test, seed=seed)
+            self._run(f"{name}-{seed}", recipe, self.train, self.test, seed=seed)
             for seed in self.seeds
         ]
         more = {"setting": setting, "output_loss": loss, "rate": rate, "dropout": recipe.dropout}
@@ -263,6 +264,7 @@ def main() -> None:
         "rates": rates,
         "records": [len(train), len(test)],
         "features": "quantile bins and indices",
+        "share_that_chooses_rates": HELD_OUT,
         "threads": torch.get_num_threads(),
         "processor": machine()["processor"],
     }

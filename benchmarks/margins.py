@@ -2,18 +2,20 @@
 
     python -m benchmarks.margins --work FOLDER --output benchmarks/results/margins.json
 
-A head of sign codes is fitted to gpt2-novels, one of its codewords shared by all tokens: margins
-are near -1 for nearly all of them, and fitted codes can learn no number that all have in common.
-For the margins the logits are then scaled and shifted by two numbers, those of least loss, so that
-both trainings begin with the same most likely tokens. Then the whole model trains on novels that
-the fit has not seen, no row twice: the same rows in the same order. Judged on the evaluation text,
-before and after: the share of next tokens that are the most likely one, and the perplexity. Margins
-are no log-probabilities: theirs is that of softmax(t logits), t fitted to rows kept out, as Platt's
-scaling does it; that of cross-entropy is given both ways.
+A head of sign codes is fitted to gpt2-novels on WikiText-2, which the model has not seen. One of
+its codewords is shared by all tokens: margins are near -1 for nearly all of them, and fitted codes
+can learn no number that all have in common. For the margins the logits are then scaled and shifted
+by two numbers, those of least loss, so that both trainings begin with the same most likely tokens.
+Then the whole model trains on that text, no row twice: the same rows in the same order. Judged on
+other text, before and after: the share of next tokens that are the most likely one, and the
+perplexity. Margins are no log-probabilities: theirs is that of softmax(t logits), t fitted to rows
+kept out, as Platt's scaling does it; that of cross-entropy is given both ways.
 
 For each loss the learning rate is the best of those given, or of some beyond the last of them, on
 rows kept out: once by that share, and once by that perplexity. Where these are two rates, the loss
-has a row for each. Every finished training is kept in `--work`, and the same command goes on there.
+has a row for each. Margins are smaller numbers than logits, and so are the codewords that make
+them; the head learns at one of `HEAD_FACTORS` times the rate of the body, the better one at the
+rate in the middle. Every finished training is kept in `--work`, and the same command goes on there.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,6 +34,7 @@ from transformers import PreTrainedModel
 
 from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.configuration_vqlogits import OUTPUT_LOSSES
+from hf_vqlogits.conversion.environment import machine
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.signs import SignFit
 from hf_vqlogits.conversion.sizes import choose_size
@@ -39,19 +43,20 @@ from hf_vqlogits.gru_svm.squared_hinge import squared_hinge
 from hf_vqlogits.ops import pack_signs, unpack_signs
 
 from .calibrated import calibrated
-from .models import fit_head, quantised_model
-from .protocol import Case, further_novels, load_case
+from .models import fit_head, kept_head, quantised_model
+from .protocol import Case, load_case, other_domain
 from .rates import at_edge, best, search
 from .record import record, write
 from .training import Schedule, fine_tune, training_rows
+from .trainings import hold_out
 from .work_folder import WorkFolder
 
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-4, 1e-3, 3e-3)
+HEAD_FACTORS = (1.0, 0.1)
 SEEDS = (0, 1, 2)
-HELD_ROWS = 64
-SCALE_ROWS = 16  # of these, to fit t to
+SCALE_ROWS = 16  # of those kept out, to fit t to
 START_TOKENS = 512  # of the text to train on, to scale and shift the logits for margins by
-TEMPERATURES = 40  # on a logarithmic grid between 1/10 and 100
+TEMPERATURES = 20  # on a logarithmic grid between 1/10 and 100, and on one around the best
 FIGURES = {"right": ".2%", "perplexity": ".1f", "perplexity_scaled": ".1f"}
 CRITERIA: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "right tokens": lambda made: -made["right_on_rows_kept_out"],
@@ -74,13 +79,16 @@ def with_a_shared_codeword(head: VQLogitsHead) -> SignFit:
     )
 
 
-def to_margins(head: VQLogitsHead, hidden: Tensor, labels: Tensor) -> None:
+def to_margins(head: VQLogitsHead, hidden: Tensor, labels: Tensor) -> dict[str, float]:
     """Scale and shift all logits by the two numbers of least squared hinge loss, in place.
 
     Args:
         head: of [`with_a_shared_codeword`].
         hidden: (n, d).
         labels: (n,).
+
+    Returns:
+        The numbers, `scale` and `shift`.
     """
     with torch.no_grad():
         logits = head(hidden).float()
@@ -94,11 +102,12 @@ def to_margins(head: VQLogitsHead, hidden: Tensor, labels: Tensor) -> None:
         return value
 
     optimiser.step(loss)
-    scale, shift = numbers.detach()
+    scale, shift = numbers.tolist()
     with torch.no_grad():
         head.codebook.mul_(scale)
         head.codebook_bias.mul_(scale)
         head.codebook_bias[0] += shift / head.score_scale
+    return {"scale": scale, "shift": shift}
 
 
 @torch.no_grad()
@@ -121,6 +130,11 @@ def _nats_and_hits(
     return {t: sum(found) / count for t, found in nats.items()}, hits / count
 
 
+def _best_factor(model: PreTrainedModel, blocks: Tensor, grid: Sequence[float]) -> float:
+    nats, _ = _nats_and_hits(model, blocks, grid)
+    return min(grid, key=lambda one: nats[one])
+
+
 def judge(model: PreTrainedModel, held: Tensor, texts: dict[str, Tensor]) -> dict[str, Any]:
     """Share of right tokens and perplexities on each text, and on the rows kept out.
 
@@ -129,9 +143,11 @@ def judge(model: PreTrainedModel, held: Tensor, texts: dict[str, Tensor]) -> dic
         held: token ids (rows, context + 1); t is fitted to the first of them.
         texts: likewise, by name.
     """
-    grid = [10 ** (-1 + 3 * i / (TEMPERATURES - 1)) for i in range(TEMPERATURES)]
-    fitted, _ = _nats_and_hits(model, held[:SCALE_ROWS], grid)
-    t = min(grid, key=lambda one: fitted[one])
+    step = 10 ** (3 / (TEMPERATURES - 1))
+    grid = [0.1 * step**i for i in range(TEMPERATURES)]
+    coarse = _best_factor(model, held[:SCALE_ROWS], grid)
+    finer = [coarse * step ** (2 * i / (TEMPERATURES - 1) - 1) for i in range(TEMPERATURES)]
+    t = _best_factor(model, held[:SCALE_ROWS], finer)
     of_held, right = _nats_and_hits(model, held, (t,))
     judged = {}
     for text, blocks in texts.items():
@@ -145,7 +161,7 @@ def judge(model: PreTrainedModel, held: Tensor, texts: dict[str, Tensor]) -> dic
         "right_on_rows_kept_out": right,
         "nats_on_rows_kept_out": of_held[t],
         "factor_on_logits": t,
-        "factor_at_edge": at_edge(t, grid),
+        "factor_at_edge": at_edge(coarse, grid),
         "texts": judged,
     }
 
@@ -154,26 +170,20 @@ class Bench:
     """Trainings of one case, kept in a folder.
 
     Args:
-        case: heads are fitted to its calibration text, and judged on its evaluation text.
-        text: token ids (rows, context + 1) to train on; the last `HELD_ROWS` are kept out.
+        case: the head is fitted to its calibration text, and trained on it; a twentieth of its
+            rows is kept out of both.
         schedule: of every training.
         reduction: share of the output layer's parameters that a head saves.
-        work: where the statistics of the calibration text, and finished trainings, are kept.
+        work: where the statistics of the calibration text, the head and trainings are kept.
         seed: of the fit.
     """
 
     def __init__(
-        self,
-        case: Case,
-        text: Tensor,
-        schedule: Schedule,
-        reduction: float,
-        work: WorkFolder,
-        seed: int,
+        self, case: Case, schedule: Schedule, reduction: float, work: WorkFolder, seed: int
     ):
         self.case, self.schedule, self.work = case, schedule, work
-        self.held = text[-HELD_ROWS:]
-        self.rows = training_rows(text[:-HELD_ROWS], schedule.context)
+        train, self.held = hold_out(case.calibration)
+        self.rows = training_rows(train, schedule.context)
         vocab_size, hidden_size = case.parts.weight.shape
         self.size = choose_size(
             "signs",
@@ -182,64 +192,76 @@ class Bench:
             param_reduction=reduction,
             fine_share=0.0,
         )
-        self.quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
-        statistics, _ = calibrated(case, self.quantiser, work)
-        fewer = replace(self.size, num_codebooks=self.size.num_codebooks - 1)
-        fitted = with_a_shared_codeword(fit_head(self.quantiser, "signs", fewer, statistics))
-        self.head = self.quantiser.head_of(self.size, statistics, fitted)
-        blocks = text[: -(-START_TOKENS // schedule.context)]
+        corpus = replace(case.corpus(), calibration=train)
+        self.quantiser = Quantiser(case.parts, corpus, seed, show_progress=True)
+        self.head = kept_head(work, "head", self.quantiser, self.size, self._fitted)
+        blocks = train[: -(-START_TOKENS // schedule.context)]
         parts = list(hidden_states(case.parts.backbone, blocks))
         self.start = tuple(torch.cat(some)[:START_TOKENS] for some in zip(*parts, strict=True))
 
-    def model(self, loss: str) -> Any:
-        """The converted model, as its training begins."""
+    def _fitted(self) -> VQLogitsHead:
+        statistics, _ = calibrated(self.case, self.quantiser, self.work)
+        fewer = replace(self.size, num_codebooks=self.size.num_codebooks - 1)
+        fitted = with_a_shared_codeword(fit_head(self.quantiser, "signs", fewer, statistics))
+        return self.quantiser.head_of(self.size, statistics, fitted)
+
+    def model(self, loss: str) -> tuple[Any, dict[str, float]]:
+        """The converted model, as its training begins, and how its logits were changed for it."""
         model: Any = quantised_model(self.quantiser, self.size, self.head)
         model.config.output_loss = loss
+        changed = {}
         if loss == "squared_hinge":
-            to_margins(model.lm_head, *self.start)
-        return model.eval()
+            changed = to_margins(model.lm_head, *self.start)
+        return model.eval(), changed
 
     def untrained(self, loss: str) -> dict[str, Any]:
         """How the converted model is judged before the training."""
-        return self.work.result(
-            f"{loss}-untrained",
-            lambda: judge(self.model(loss), self.held, self.case.evaluation),
-        )
 
-    def run(self, loss: str, rate: float, seed: int) -> dict[str, Any]:
+        def make() -> dict[str, Any]:
+            model, changed = self.model(loss)
+            return judge(model, self.held, self.case.evaluation) | changed
+
+        return self.work.result(f"{loss}-untrained", make)
+
+    def run(self, loss: str, rate: float, factor: float, seed: int) -> dict[str, Any]:
         """Train by one loss, and judge it."""
 
         def make() -> dict[str, Any]:
-            model = self.model(loss)
-            losses = fine_tune(model, self.rows, self.schedule, learning_rate=rate, seed=seed)
+            model, _ = self.model(loss)
+            schedule = replace(self.schedule, head_factor=factor)
+            losses = fine_tune(model, self.rows, schedule, learning_rate=rate, seed=seed)
             made = judge(model, self.held, self.case.evaluation)
-            made |= {"learning_rate": rate, "seed": seed}
+            made |= {"learning_rate": rate, "head_factor": factor, "seed": seed}
             made["last_losses"] = mean(losses[-max(1, len(losses) // 10) :])
             right = made["right_on_rows_kept_out"]
-            print(f"{loss}, rate {rate:g}, seed {seed}: {right:.2%} right", flush=True)
+            told = f"{loss}, rate {rate:g} (head x{factor:g}), seed {seed}"
+            print(f"{told}: {right:.2%} right", flush=True)
             return made
 
-        return self.work.result(f"{loss}-rate{rate:g}-seed{seed}", make)
+        return self.work.result(f"{loss}-rate{rate:g}-factor{factor:g}-seed{seed}", make)
 
     def measure(self, loss: str, rates: Sequence[float], seeds: Sequence[int]) -> list[Any]:
         """One row of figures for each rate that is the best one by some criterion."""
         first, *others = seeds
-        tried: dict[float, dict[str, Any]] = {}
-        chosen: dict[float, list[str]] = {}
+        middle = sorted(rates)[len(rates) // 2]
+        by_factor = {factor: self.run(loss, middle, factor, first) for factor in HEAD_FACTORS}
+        tried = {(middle, factor): made for factor, made in by_factor.items()}
+        chosen: dict[tuple[float, float], list[str]] = {}
         for name, criterion in CRITERIA.items():
-            found = search(lambda rate: self.run(loss, rate, first), rates, criterion)
-            tried |= found
-            chosen.setdefault(best(found, criterion), []).append(name)
+            factor = best(by_factor, criterion)
+            found = search(partial(self.run, loss, factor=factor, seed=first), rates, criterion)
+            tried |= {(rate, factor): made for rate, made in found.items()}
+            chosen.setdefault((best(found, criterion), factor), []).append(name)
         return [
             {
                 "output_loss": loss,
                 "chosen_by": names,
+                "rate_at_edge": at_edge(rate, [one for one, of in tried if of == factor]),
                 "untrained": self.untrained(loss),
-                "rate_at_edge": at_edge(rate, list(tried)),
-                "learning_rates": [tried[one] for one in sorted(tried)],
-                "runs": [tried[rate], *(self.run(loss, rate, seed) for seed in others)],
+                "tried": [tried[one] for one in sorted(tried)],
+                "runs": [tried[rate, factor], *(self.run(loss, rate, factor, s) for s in others)],
             }
-            for rate, names in chosen.items()
+            for (rate, factor), names in chosen.items()
         ]
 
 
@@ -272,12 +294,11 @@ def main() -> None:
     p.add_argument("--output", type=Path, required=True)
     options = p.parse_args()
     case = load_case("gpt2-novels", options.data, options.models, quick=options.quick)
+    case = other_domain(case, options.data, quick=options.quick)
     context = case.calibration.shape[1] - 1
     steps = 2 if options.quick else options.steps
     schedule = Schedule(steps, tokens_per_step=4 * context, batch_size=4, context=context)
     rates, seeds = (RATES[1:2], SEEDS[:1]) if options.quick else (RATES, SEEDS)
-    wanted = steps * schedule.tokens_per_step + HELD_ROWS * context
-    text = further_novels(case, options.data, wanted + 4 * context)  # files end in mid-row
     settings = {
         "seed": options.seed,
         "quick": options.quick,
@@ -285,7 +306,11 @@ def main() -> None:
         "param_reduction": options.param_reduction,
         "schedule": vars(schedule),
         "candidate_rates": list(rates),
-        "held_rows": HELD_ROWS,
+        "head_factors": list(HEAD_FACTORS),
+        "scale_rows": SCALE_ROWS,
+        "start_tokens": START_TOKENS,
+        "threads": torch.get_num_threads(),
+        "processor": machine()["processor"],
     }
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -293,7 +318,7 @@ def main() -> None:
         except ValueError as error:
             p.error(str(error))
         reduction = options.param_reduction
-        bench = Bench(case, text, schedule, reduction, work, options.seed)
+        bench = Bench(case, schedule, reduction, work, options.seed)
         rows = [row for loss in OUTPUT_LOSSES for row in bench.measure(loss, rates, seeds)]
     result = record("margins", **settings, seeds=list(seeds), rows=rows)
     write(result, options.output)

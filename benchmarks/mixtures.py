@@ -2,14 +2,15 @@
 
     python -m benchmarks.mixtures --work FOLDER --output benchmarks/results/mixtures.json
 
-Each row is a head for gpt2-novels that the converter fits, of as many parameters as sign codes at
-`--param-reduction`: a mixture has fewer codewords, and so fewer bits a token, by what its gate,
-factors and shifts take. It is split, and the whole model trains on novels that the fit has not
-seen, no row twice: the same rows in the same order, the best of some learning rates, or of some
-beyond the last of them, by the loss on rows kept out. A mixture's components begin nearly alike, so
-what only a mixture has learns at `MIXTURE_FACTORS` times the rate of the rest, the best of these
-likewise. Judged on the evaluation text, before and after; beside it the time of one row's logits
-and of the loss of 256 rows, in turns with one softmax.
+Each row is a head for gpt2-novels that the converter fits to WikiText-2, which the model has not
+seen, of as many parameters as sign codes at `--param-reduction`: a mixture has fewer codewords, and
+so fewer bits a token, by what its gate, factors and shifts take. It is split, and the whole model
+trains on that text, no row twice: the same rows in the same order, the best of some learning rates,
+or of some beyond the last of them, by the loss on rows kept out of fit and training. A mixture's
+components begin nearly alike, so what only a mixture has learns at one of `MIXTURE_FACTORS` times
+the rate of the rest, the better one at the rate in the middle. Judged on other text, before and
+after; beside it the time of one row's logits and of the loss of 256 rows, in turns with one
+softmax.
 
 Each training is kept in `--work` and each row is written when it is done; what is there is not made
 again.
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from hf_vqlogits import VQLogitsHead
 from hf_vqlogits.conversion.calibration import CalibrationStatistics
+from hf_vqlogits.conversion.environment import machine
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize, choose_size
 from hf_vqlogits.conversion.timing import paired_medians
@@ -39,19 +41,19 @@ from hf_vqlogits.gates import LINEAR
 from hf_vqlogits.mixture import VQLogitsMixtureHead
 
 from .calibrated import calibrated
-from .models import fit_head, quantised_model
-from .protocol import Case, further_novels, load_case
+from .models import fit_head, kept_head, quantised_model
+from .protocol import Case, load_case, other_domain
 from .rates import at_edge, best, search
 from .results_file import ResultsFile
 from .training import Schedule, fine_tune, judge, training_rows
+from .trainings import hold_out
 from .work_folder import WorkFolder
 
 # M and the activation of the gate.
 MIXTURES = ((1, LINEAR), (2, LINEAR), (2, "gelu"), (4, LINEAR))
-RATES = (1e-4, 3e-4, 1e-3)
-MIXTURE_FACTORS = (30.0, 1.0)  # the first while the rate is searched
+RATES = (3e-4, 1e-3, 3e-3)
+MIXTURE_FACTORS = (30.0, 1.0)
 SEEDS = (0, 1, 2)
-HELD_ROWS = 16
 LOSS_ROWS = 256
 
 
@@ -71,25 +73,33 @@ class Bench:
     """A model and the text that its heads are fitted and trained on.
 
     Args:
-        case: heads are fitted to its calibration text.
-        text: to train on (rows, context + 1); the last `HELD_ROWS` choose the learning rate.
-        work: where the statistics of the calibration text, and trainings, are kept.
+        case: heads are fitted to its calibration text, and trained on it; a twentieth of its rows
+            is kept out of both and chooses the learning rate.
+        work: where the statistics of the calibration text, heads and trainings are kept.
         schedule: of every training.
         seed: of the fit.
     """
 
-    def __init__(self, case: Case, text: Tensor, work: WorkFolder, schedule: Schedule, seed: int):
+    def __init__(self, case: Case, work: WorkFolder, schedule: Schedule, seed: int):
         self.case, self.work = case, work
-        self.held = {"held": text[-HELD_ROWS:]}
-        self.rows = training_rows(text[:-HELD_ROWS], schedule.context)
+        train, held = hold_out(case.calibration)
+        self.held = {"held": held}
+        self.rows = training_rows(train, schedule.context)
         self.schedule = schedule
-        self.quantiser = Quantiser(case.parts, case.corpus(), seed, show_progress=True)
+        corpus = replace(case.corpus(), calibration=train)
+        self.quantiser = Quantiser(case.parts, corpus, seed, show_progress=True)
         self.statistics: CalibrationStatistics
         self.statistics, _ = calibrated(case, self.quantiser, work)
 
     def fitted(self, size: HeadSize) -> VQLogitsHead:
         """A plain head."""
-        return fit_head(self.quantiser, "signs", size, self.statistics)
+        return kept_head(
+            self.work,
+            f"head-{size.num_codebooks}",
+            self.quantiser,
+            size,
+            lambda: fit_head(self.quantiser, "signs", size, self.statistics),
+        )
 
     def model(self, size: HeadSize, head: VQLogitsHead, gate: dict[str, Any], seed: int) -> Any:
         """A model of its own around a copy of the head, split."""
@@ -148,14 +158,18 @@ class Bench:
         def loss(made: Mapping[str, Any]) -> float:
             return float(made["held_out_nats"])
 
-        found = search(lambda rate: train(rate, factors[0]), rates, loss)
-        rate = best(found, loss)
-        by_factor = {factors[0]: found[rate]} | {one: train(rate, one) for one in factors[1:]}
+        middle = sorted(rates)[len(rates) // 2]
+        by_factor = {one: train(middle, one) for one in factors}
         factor = best(by_factor, loss)
+        found = search(lambda rate: train(rate, factor), rates, loss)
+        rate = best(found, loss)
         return {
             "rate_at_edge": at_edge(rate, list(found)),
-            "tried": [*found.values(), *(by_factor[one] for one in factors[1:])],
-            "runs": [by_factor[factor], *(train(rate, factor, seed) for seed in others)],
+            "tried": [
+                *found.values(),
+                *(made for one, made in by_factor.items() if one != factor),
+            ],
+            "runs": [found[rate], *(train(rate, factor, seed) for seed in others)],
         }
 
     def perplexities(self, model: Any) -> dict[str, float]:
@@ -208,6 +222,7 @@ def measure(
             "num_codebooks": size.num_codebooks,
             **untrained.lm_head.storage(),
             "untrained": bench.perplexities(untrained),
+            "untrained_differences": differences(untrained.lm_head) if num_mixtures > 1 else None,
             **trainings,
             "seconds": times(plain, untrained.lm_head),
         }
@@ -220,7 +235,9 @@ def times(plain: VQLogitsHead, head: VQLogitsHead) -> dict[str, float]:
     hidden = torch.randn(LOSS_ROWS, head.in_features, generator=generator)
     labels = torch.randint(0, head.out_features, (LOSS_ROWS,), generator=generator)
 
+    # Copies of all: where in memory a layer happened to lie has been worth a sixth of the time.
     def logits(layer: VQLogitsHead) -> Callable[[], Tensor]:
+        layer = copy.deepcopy(layer)
         return torch.no_grad()(lambda: layer(hidden[:1]))
 
     def loss(layer: VQLogitsHead) -> Callable[[], Tensor]:
@@ -243,7 +260,7 @@ def times(plain: VQLogitsHead, head: VQLogitsHead) -> dict[str, float]:
 def show(rows: Iterable[Mapping[str, Any]]) -> None:
     """Print means over seeds."""
     table = Table(title="mixtures of softmaxes, gpt2-novels")
-    for column in ("M", "gate", "R", "parameters", "untrained", "trained", "least to most"):
+    for column in ("M", "gate", "rate", "R", "parameters", "untrained", "trained", "least to most"):
         table.add_column(column, justify="right")
     for column in ("largest share", "factors differ", "logits, one row", "loss"):
         table.add_column(column, justify="right")
@@ -256,6 +273,7 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
             table.add_row(
                 str(row["num_mixtures"]),
                 row["gate_activation"],
+                f"{row['runs'][0]['learning_rate']:g} x{row['runs'][0]['mixture_factor']:g}",
                 str(row["num_codebooks"]),
                 f"{row['float_parameters']:,}",
                 f"{row['untrained'][text]:.3f}",
@@ -284,6 +302,7 @@ def main() -> None:
     p.add_argument("--output", type=Path, required=True, help="JSON; rows in it are kept")
     options = p.parse_args()
     case = load_case("gpt2-novels", options.data, options.models, quick=options.quick)
+    case = other_domain(case, options.data, quick=options.quick)
     context = case.calibration.shape[1] - 1
     steps = 2 if options.quick else options.steps
     schedule = Schedule(steps, tokens_per_step=4 * context, batch_size=4, context=context)
@@ -297,8 +316,9 @@ def main() -> None:
         "candidate_rates": list(rates),
         "mixture_factors": list(MIXTURE_FACTORS),
         "seeds": list(seeds),
-        "held_rows": HELD_ROWS,
         "loss_rows": LOSS_ROWS,
+        "threads": torch.get_num_threads(),
+        "processor": machine()["processor"],
     }
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -306,9 +326,7 @@ def main() -> None:
             results = ResultsFile(options.output, "mixtures", settings=settings)
         except ValueError as error:
             p.error(str(error))
-        wanted = schedule.steps * schedule.tokens_per_step + HELD_ROWS * context
-        text = further_novels(case, options.data, wanted + 4 * context)  # files end in mid-row
-        bench = Bench(case, text, work, schedule, options.seed)
+        bench = Bench(case, work, schedule, options.seed)
         reduction = options.param_reduction
         kinds = MIXTURES[:2] if options.quick else MIXTURES
         measure(bench, results, kinds=kinds, reduction=reduction, rates=rates, seeds=seeds)

@@ -4,6 +4,7 @@ What is made here may be trained without the case it comes from changing.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from hf_vqlogits.conversion.families import SourceParts, assemble
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize
 
+from .work_folder import WorkFolder
+
 
 def fit_head(
     quantiser: Quantiser, method: str, size: HeadSize, statistics: CalibrationStatistics
@@ -25,6 +28,20 @@ def fit_head(
     if method == "signs":
         return quantiser.sign_heads([size], statistics)[size]
     return quantiser.index_head(size, method, statistics)
+
+
+def kept_head(
+    work: WorkFolder,
+    name: str,
+    quantiser: Quantiser,
+    size: HeadSize,
+    make: Callable[[], VQLogitsHead],
+) -> VQLogitsHead:
+    """A head that a work folder keeps: made once, so that it is the same on every machine."""
+    state = work.tensors(name, lambda: make().state_dict())
+    head = VQLogitsHead(quantiser.config(size))
+    head.load_state_dict(state)
+    return head.to(quantiser.parts.weight.device)
 
 
 @torch.no_grad()

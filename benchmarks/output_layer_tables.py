@@ -65,8 +65,9 @@ def margins() -> str:
     rows = results("margins")["rows"]
     texts = list(rows[0]["untrained"]["texts"])
     header = (
-        f"loss | learning rate | best by | right tokens, {' / '.join(texts)}: converted | trained "
-        "| least to most | perplexity: converted | trained | of scaled logits: converted | trained"
+        "loss | learning rate | of the head | best by | "
+        f"right tokens, {' / '.join(texts)}: fitted | trained | least to most | "
+        "perplexity: fitted | trained | of scaled logits: fitted | trained"
     )
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
@@ -78,6 +79,7 @@ def margins() -> str:
 
         yield row["output_loss"]
         yield _rate(row["runs"][0]["learning_rate"], row["rate_at_edge"])
+        yield f"x{row['runs'][0]['head_factor']:g}"
         yield ", ".join(row["chosen_by"])
         yield " / ".join(f"{one:.2%}" for one in before("right"))
         yield " / ".join(f"**{mean(one):.2%}**" for one in each("right"))
@@ -96,9 +98,9 @@ def mixtures() -> str:
     rows = results("mixtures")["rows"]
     texts = list(rows[0]["untrained"])
     header = (
-        "softmaxes | gate | R | float parameters | learning rate | perplexity, "
-        f"{' / '.join(texts)}: converted | trained | least to most | largest share | "
-        "factors differ by | one row's logits | loss"
+        "softmaxes | gate | R | float parameters | learning rate | of what only a mixture has | "
+        f"perplexity, {' / '.join(texts)}: fitted | trained | least to most | largest share | "
+        "factors differ by, before and after | one row's logits | loss"
     )
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
@@ -109,11 +111,16 @@ def mixtures() -> str:
         yield str(row["num_codebooks"])
         yield f"{row['float_parameters']:,}"
         yield _rate(row["runs"][0]["learning_rate"], row["rate_at_edge"])
+        yield "" if one else f"x{row['runs'][0]['mixture_factor']:g}"
         yield " / ".join(f"{row['untrained'][text]:.3f}" for text in texts)
         yield " / ".join(f"**{mean(runs):.3f}**" for runs in found)
         yield " / ".join(f"{min(runs):.3f} to {max(runs):.3f}" for runs in found)
         yield "" if one else f"{mean(made['shares']['largest'] for made in row['runs']):.2f}"
-        yield "" if one else f"{mean(made['differences']['factors'] for made in row['runs']):.3f}"
+        if one:
+            yield ""
+        else:
+            after = mean(made["differences"]["factors"] for made in row["runs"])
+            yield f"{row['untrained_differences']['factors']:.3f}, {after:.3f}"
         for name in ("logits", "loss"):
             yield times(row["seconds"][name] / row["seconds"][f"{name}_of_one_softmax"])
 

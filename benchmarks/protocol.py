@@ -1,8 +1,8 @@
 """The protocol behind every quality figure: which text fits a head, which one judges it, and how.
 
 - Calibration and training: the first 80% of the lines of WikiText-2's validation text, and 60,000
-  tokens of the novels' training files (gpt2-novels: novels only). What trains for longer takes the
-  novels' text behind these.
+  tokens of the novels' training files (gpt2-novels: novels only, which its body was trained on;
+  what trains it further takes those lines of WikiText-2, [`other_domain`]).
 - Evaluation: the last 20% of those lines, and the first 60,000 tokens of the novels' validation
   text (gpt2-novels: novels only). Context and stride 512, 256 for gpt2-novels.
 - Figure: exp of the mean over the texts of log(perplexity / dense perplexity).
@@ -13,7 +13,7 @@ The texts are read from `--data`: `wikitext2/valid.txt` (the WikiText-2 validati
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -104,11 +104,9 @@ def load_case(name: str, data: Path, models: Path, *, quick: bool = False) -> Ca
     valid = load_text(str(novels / "valid.txt.gz"))
     evaluation = {"novels": tokenize(valid, tokenizer, NOVEL_TOKENS // share)}
     if name == "smollm2":
-        text = load_text(str(data / "wikitext2" / "valid.txt"))
-        first, last = split_lines(text, TRAIN_SHARE)
-        limit = 10_000_000 // share**2
-        calibration.insert(0, tokenize(first, tokenizer, limit))
-        evaluation = {"wikitext2": tokenize(last, tokenizer, limit), **evaluation}
+        first, last = _wikitext(data, tokenizer, quick=quick)
+        calibration.insert(0, first)
+        evaluation = {"wikitext2": last, **evaluation}
     return Case(
         name,
         parts,
@@ -118,28 +116,32 @@ def load_case(name: str, data: Path, models: Path, *, quick: bool = False) -> Ca
     )
 
 
-def further_novels(case: Case, data: Path, tokens: int) -> Tensor:
-    """Text to train on: the novels' training files behind what calibrates, equally from each.
+def other_domain(case: Case, data: Path, *, quick: bool = False) -> Case:
+    """The small GPT-2 with text that its body has not learnt, to convert it for and to train on.
 
     Args:
-        case: whose tokenizer and context are used.
+        case: `"gpt2-novels"`.
         data: folder of the texts.
-        tokens: how many, or a few less.
+        quick: a twentieth of the text.
 
     Returns:
-        (rows, context + 1), file by file.
+        The same model, calibrated on the first lines of WikiText-2's validation text, and judged on
+        the last ones and on the novels.
     """
     context = case.calibration.shape[1] - 1
-    files = sorted((data / "novels").glob("train-*.txt.gz"))
-    skipped, each = NOVEL_TOKENS // 4, tokens // len(files)
-    return torch.cat(
-        [
-            blocks(
-                tokenize(load_text(str(path)), case.tokenizer, skipped + each)[skipped:], context
-            )
-            for path in files
-        ]
-    )
+    first, last = _wikitext(data, case.tokenizer, quick=quick)
+    evaluation = {"wikitext2": blocks(last, context), **case.evaluation}
+    return replace(case, calibration=blocks(first, context), evaluation=evaluation)
+
+
+def _wikitext(
+    data: Path, tokenizer: PreTrainedTokenizerBase, *, quick: bool
+) -> tuple[Tensor, Tensor]:
+    """Tokens of the lines that calibrate, and of those that judge."""
+    limit = 10_000_000 // (400 if quick else 1)
+    parts = split_lines(load_text(str(data / "wikitext2" / "valid.txt")), TRAIN_SHARE)
+    first, last = (tokenize(part, tokenizer, limit) for part in parts)
+    return first, last
 
 
 def factor(scores: Mapping[str, Mapping[str, HeadScore]], head: str) -> float:

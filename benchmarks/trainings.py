@@ -1,7 +1,7 @@
 """Models of one case and their trainings, each made once and kept in a work folder."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
@@ -15,7 +15,7 @@ from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import HeadSize, choose_size
 
 from .calibrated import calibrated
-from .models import dense_model, fit_head, quantised_model
+from .models import dense_model, fit_head, kept_head, quantised_model
 from .pairing import Run
 from .protocol import Case
 from .rates import best
@@ -125,29 +125,26 @@ class Bench:
         )
         name = f"head-{method}-{row.reduction}-{row.embeddings}"
 
-        def make() -> dict[str, Any]:
+        def make() -> VQLogitsHead:
             statistics, _ = calibrated(self.case, self._quantiser, self._work)
             self._quantiser.besides = self._input_metric() if row.embeddings == "tied" else None
-            fitted = self._work.tensors(
+            head = kept_head(
+                self._work,
                 f"{name}-fitted",
-                lambda: fit_head(self._quantiser, method, size, statistics).state_dict(),
+                self._quantiser,
+                size,
+                lambda: fit_head(self._quantiser, method, size, statistics),
             )
-            head = self._empty_head(size, fitted)
             state_file = self._work.path(f"{name}-distillation.pt")
             self._quantiser.distill(head, self._distill_steps, statistics, state_file=state_file)
-            return head.state_dict()
+            return head
 
-        return size, self._empty_head(size, self._work.tensors(name, make))
+        return size, kept_head(self._work, name, self._quantiser, size, make)
 
     def _input_metric(self) -> Tensor:
         found = self._work.tensors("inputs", lambda: {"metric": self._quantiser.input_metric()})
         metric: Tensor = found["metric"]
         return metric
-
-    def _empty_head(self, size: HeadSize, state: Mapping[str, Tensor]) -> VQLogitsHead:
-        head = VQLogitsHead(self._quantiser.config(size))
-        head.load_state_dict(state)
-        return head.to(self.case.parts.weight.device)
 
     def model(self, row: Row) -> PreTrainedModel:
         """A fresh copy of a row's model."""

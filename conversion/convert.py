@@ -127,7 +127,8 @@ def convert_to_vq(
             towards the dense layer; default 256 for signs where the text is long enough, else 0.
         distill_state: file that keeps the state of the distillation, so that the same call goes on
             after an interrupt; removed at the end. With `nested` or `max_perplexity_increase` one
-            for each size that is distilled, of this name with the size's bits behind it.
+            for each size that is distilled, of this name with the size's bits behind it; where no
+            size passes they stay, for the same call with another limit.
         embeddings: `"keep"`: the input embedding stays as it is; `"vq"`: it gets sign codes and a
             codebook of its own; `"tied"`: it takes those of the output layer, in models whose two
             sides are one table.
@@ -346,8 +347,9 @@ def convert_to_vq(
         # Again: hours have passed, and something may have appeared there.
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
         _write(folder, report, source)
-    for file in files.values():
-        file.unlink(missing_ok=True)
+    for trained_size, file in files.items():
+        if distill_steps or (trained and trained_size == size):  # else it is of another run
+            file.unlink(missing_ok=True)
     if push_to_hub is not None:
         _push(folder, push_to_hub)
     return report

@@ -94,7 +94,9 @@ def select_head(
         raise ConversionError(_nothing_found(candidates, increase, sizes[-1]))
     size = by_bits[choice.bits]
     rungs = {rung: heads.fitted[rung] for rung in ladder}
-    kept = {by_bits[bits]: files[by_bits[bits]] for bits in choice.judged} if files else {}
+    kept = {}
+    if files and distill_steps:
+        kept = {by_bits[bits]: files[by_bits[bits]] for bits in choice.judged}
     return Selection(increase, size, heads.result(size), rungs, candidates, kept)
 
 

@@ -18,7 +18,7 @@ from hf_vqlogits.gru_svm.squared_hinge import squared_hinge
 
 def test_both_losses_learn_and_are_judged(tiny_case, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(margins, "load_case", lambda *_, **__: tiny_case)
-    monkeypatch.setattr(margins, "further_novels", lambda case, *_: case.calibration)
+    monkeypatch.setattr(margins, "other_domain", lambda case, *_, **__: case)
     monkeypatch.setattr(margins, "RATES", (1e-2, 3e-2))
     monkeypatch.setattr(margins, "SEEDS", (0, 1))
     output = tmp_path / "margins.json"
@@ -39,10 +39,11 @@ def test_both_losses_learn_and_are_judged(tiny_case, tmp_path, monkeypatch, caps
     for row in result["rows"]:
         assert len(row["runs"]) == 2
         assert row["untrained"]["texts"]["novels"]["right"] < 0.2
-        assert {made["learning_rate"] for made in row["learning_rates"]} >= {1e-2, 3e-2}
+        assert {made["learning_rate"] for made in row["tried"]} >= {1e-2, 3e-2}
+        assert {made["head_factor"] for made in row["tried"]} == {1.0, 0.1}
         for name in row["chosen_by"]:
             of = margins.CRITERIA[name]
-            assert of(row["runs"][0]) == min(map(of, row["learning_rates"]))
+            assert of(row["runs"][0]) == min(map(of, row["tried"]))
         for made in row["runs"]:
             # Each token is followed by a certain one of 40.
             assert made["texts"]["novels"]["right"] > 0.5
@@ -67,7 +68,7 @@ def bench(tiny_case, tmp_path):
     context = tiny_case.calibration.shape[1] - 1
     schedule = Schedule(2, tokens_per_step=context, batch_size=1, context=context)
     work = WorkFolder(tmp_path / "work", {})
-    return margins.Bench(tiny_case, tiny_case.calibration, schedule, 0.9, work, 0)
+    return margins.Bench(tiny_case, schedule, 0.9, work, 0)
 
 
 def test_a_codeword_that_all_share_changes_no_logits(bench):
@@ -87,7 +88,10 @@ def test_a_codeword_that_all_share_changes_no_logits(bench):
 
 
 def test_both_losses_begin_with_the_same_order_and_margins_where_their_loss_is_least(bench):
-    plain, model = (bench.model(loss) for loss in margins.OUTPUT_LOSSES)
+    (plain, unchanged), (model, changed) = map(bench.model, margins.OUTPUT_LOSSES)
+    assert unchanged == {}
+    assert 0 < changed["scale"] < 1
+    assert changed["shift"] < 0
     assert [m.config.output_loss for m in (plain, model)] == list(margins.OUTPUT_LOSSES)
     hidden, labels = bench.start
     assert len(hidden) == len(labels) == margins.START_TOKENS
@@ -108,7 +112,7 @@ def test_both_losses_begin_with_the_same_order_and_margins_where_their_loss_is_l
 
 
 def test_the_factor_on_the_logits_is_the_best_one(bench):
-    model = bench.model("cross_entropy")
+    model, _ = bench.model("cross_entropy")
     held = bench.case.calibration[:4]
     made = margins.judge(model, held, {"held": held})
     figures = made["texts"]["held"]
@@ -116,3 +120,6 @@ def test_the_factor_on_the_logits_is_the_best_one(bench):
     assert figures["right"] == made["right_on_rows_kept_out"]
     nats, _ = margins._nats_and_hits(model, held, (1.0,))
     assert math.log(figures["perplexity"]) == pytest.approx(nats[1.0])
+    t = made["factor_on_logits"]
+    around, _ = margins._nats_and_hits(model, held, (0.98 * t, t, 1.02 * t))
+    assert around[t] == min(around.values())

@@ -60,7 +60,7 @@ def test_margins(monkeypatch, tmp_path):
 
     def run(right, perplexity, scaled):
         text = {"right": right, "perplexity": perplexity, "perplexity_scaled": scaled}
-        return {"learning_rate": 1e-3, "texts": {"novels": text}}
+        return {"learning_rate": 1e-3, "head_factor": 0.1, "texts": {"novels": text}}
 
     runs = [run(0.25, 90.0, 88.0), run(0.27, 92.0, 90.0)]
     chosen = {
@@ -74,8 +74,8 @@ def test_margins(monkeypatch, tmp_path):
     lines = output_layer_tables.margins().splitlines()
     assert lines[0].count("|") == lines[2].count("|")
     assert lines[2] == (
-        "| cross_entropy | 0.001 (first or last of those tried) | right tokens, perplexity | "
-        "24.00% | **26.00%** | 25.00% to 27.00% | 95.00 | 91.00 | 94.00 | 89.00 |"
+        "| cross_entropy | 0.001 (first or last of those tried) | x0.1 | right tokens, perplexity "
+        "| 24.00% | **26.00%** | 25.00% to 27.00% | 95.00 | 91.00 | 94.00 | 89.00 |"
     )
 
 
@@ -91,6 +91,7 @@ def test_mixtures(monkeypatch, tmp_path):
             "num_codebooks": 490,
             "float_parameters": 127_000,
             "untrained": {"novels": 70.0},
+            "untrained_differences": {"factors": 0.0071},
             "runs": runs,
             "rate_at_edge": False,
             "seconds": {**seconds, "loss": loss, "loss_of_one_softmax": 0.1},
@@ -109,8 +110,11 @@ def test_mixtures(monkeypatch, tmp_path):
     (tmp_path / "mixtures.json").write_text(json.dumps({"rows": rows}))
     lines = output_layer_tables.mixtures().splitlines()
     assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|")
-    assert lines[2].startswith("| 1 |  | 490 | 127,000 | 0.0003 | 70.000 | **69.000** |")
-    assert lines[3].endswith("| **67.000** | 66.000 to 68.000 | 0.75 | 0.123 | x1.500 | x2.000 |")
+    assert lines[2].startswith("| 1 |  | 490 | 127,000 | 0.0003 |  | 70.000 | **69.000** |")
+    assert lines[3].endswith(
+        "| 0.0003 | x1 | 70.000 | **67.000** | 66.000 to 68.000 | 0.75 | 0.007, 0.123 | x1.500 | "
+        "x2.000 |"
+    )
 
 
 def test_gate_rates(monkeypatch, tmp_path):

@@ -22,6 +22,7 @@ from hf_vqlogits.conversion import (
 )
 from hf_vqlogits.conversion.assessment import assess
 from hf_vqlogits.conversion.cli import main, parser
+from hf_vqlogits.conversion.distillation_state import HEAD, save_state
 from hf_vqlogits.conversion.evaluation import perplexity
 from hf_vqlogits.conversion.quantise import Quantiser
 from hf_vqlogits.conversion.sizes import METHODS, HeadSize
@@ -327,6 +328,21 @@ def test_an_interrupted_conversion_goes_on(tiny_folder, text_file, tmp_path, mon
     for name, tensor in whole.model.lm_head.state_dict().items():
         assert torch.equal(again.model.lm_head.state_dict()[name], tensor)
     assert again.fit["distillation"] == whole.fit["distillation"]
+
+
+@pytest.mark.parametrize(
+    "size", [{"bits": 12}, {"nested": [0.9, 0.8]}, {"max_perplexity_increase": 1.0}]
+)
+def test_the_state_of_another_run_is_kept_where_nothing_is_distilled(tiny_folder, tmp_path, size):
+    options = {"calibration_data": "self", "calibration_tokens": 500, **size}
+    bits = convert_to_vq(tiny_folder, **options).num_codebooks
+    name = "state" if "bits" in size else f"state.{bits}"
+    save_state(tmp_path / name, HEAD, "of another run", {})
+    kept = (tmp_path / name).read_bytes()
+    report = convert_to_vq(tiny_folder, distill_state=tmp_path / "state", **options)
+    assert any("too little calibration text for a distillation" in note for note in report.notes)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == kept
 
 
 @pytest.mark.gpu
