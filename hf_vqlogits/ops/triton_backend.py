@@ -56,7 +56,7 @@ def _find_obstacle(device: torch.device) -> str | None:
 
         from . import triton_expand, triton_tiles
     except ImportError as error:
-        return f"{error}; `pip install 'hf_vqlogits[gpu]'` installs what is missing"
+        return f"{error}; `pip install '.[gpu]'` in the project's folder installs what is missing"
     if device.type != "cuda":
         if device.type == "cpu" and triton_tiles.INTERPRETED:
             return None

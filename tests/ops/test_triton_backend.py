@@ -24,7 +24,7 @@ from hf_vqlogits import ops
 from hf_vqlogits.ops import triton_backend
 scores, codes = torch.ones(2, 8), torch.full((3, 1), 255, dtype=torch.uint8)
 assert (ops.expand(scores, codes, code_type="sign") - 8).abs().max() < 0.1
-assert "pip install 'hf_vqlogits[gpu]'" in triton_backend.obstacle(torch.device("cpu"))
+assert "pip install '.[gpu]'" in triton_backend.obstacle(torch.device("cpu"))
 """
 
 
