@@ -56,7 +56,9 @@ HEAD_FACTORS = (1.0, 0.1)
 SEEDS = (0, 1, 2)
 SCALE_ROWS = 16  # of those kept out, to fit t to
 START_TOKENS = 512  # of the text to train on, to scale and shift the logits for margins by
-TEMPERATURES = 20  # on a logarithmic grid between 1/10 and 100, and on one around the best
+# Of t: a logarithmic grid from 0.1 to some 8,000, for margins that have hardly left -1, and one
+# around the best of it.
+LEAST_FACTOR, STEP, COARSE, FINE = 0.1, 10 ** (3 / 19), 32, 20
 FIGURES = {"right": ".2%", "perplexity": ".1f", "perplexity_scaled": ".1f"}
 CRITERIA: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "right tokens": lambda made: -made["right_on_rows_kept_out"],
@@ -143,10 +145,9 @@ def judge(model: PreTrainedModel, held: Tensor, texts: dict[str, Tensor]) -> dic
         held: token ids (rows, context + 1); t is fitted to the first of them.
         texts: likewise, by name.
     """
-    step = 10 ** (3 / (TEMPERATURES - 1))
-    grid = [0.1 * step**i for i in range(TEMPERATURES)]
+    grid = [LEAST_FACTOR * STEP**i for i in range(COARSE)]
     coarse = _best_factor(model, held[:SCALE_ROWS], grid)
-    finer = [coarse * step ** (2 * i / (TEMPERATURES - 1) - 1) for i in range(TEMPERATURES)]
+    finer = [coarse * STEP ** (2 * i / (FINE - 1) - 1) for i in range(FINE)]
     t = _best_factor(model, held[:SCALE_ROWS], finer)
     of_held, right = _nats_and_hits(model, held, (t,))
     judged = {}
