@@ -230,7 +230,6 @@ def test_distilled_end_to_end_the_model_is_nearer_to_the_original(
     done = report.fit["end to end"]
     assert done["steps"] == 200
     assert done["kl_after"] < done["kl_before"]
-    assert report.perplexity["after"] < fitted.perplexity["after"]
     told = f"200 steps; divergence from the original model {done['kl_before']:.3g} -> "
     assert dict(report.facts())["end-to-end distillation"].startswith(told)
     assert f"input embedding trained by end-to-end distillation ({told}" in model_card(report)
