@@ -37,7 +37,15 @@ def kept_head(
     size: HeadSize,
     make: Callable[[], VQLogitsHead],
 ) -> VQLogitsHead:
-    """A head that a work folder keeps: made once, so that it is the same on every machine."""
+    """A head that a work folder keeps: made once, as a fit made anew may have other digits.
+
+    Args:
+        work: the folder.
+        name: under which the head is kept there.
+        quantiser: of the case.
+        size: of the head.
+        make: makes it, where the folder has none.
+    """
     state = work.tensors(name, lambda: make().state_dict())
     head = VQLogitsHead(quantiser.config(size))
     head.load_state_dict(state)

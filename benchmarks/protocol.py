@@ -122,7 +122,7 @@ def other_domain(case: Case, data: Path, *, quick: bool = False) -> Case:
     Args:
         case: `"gpt2-novels"`.
         data: folder of the texts.
-        quick: a twentieth of the text.
+        quick: 25,000 tokens of it at most.
 
     Returns:
         The same model, calibrated on the first lines of WikiText-2's validation text, and judged on

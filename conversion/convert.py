@@ -347,8 +347,8 @@ def convert_to_vq(
         # Again: hours have passed, and something may have appeared there.
         check_output(folder, overwrite=overwrite, source_name=_name_of(model_or_path))
         _write(folder, report, source)
-    for trained_size, file in files.items():
-        if distill_steps or (trained and trained_size == size):  # else it is of another run
+    for kept_size, file in files.items():
+        if distill_steps or (trained and kept_size == size):  # else it is of another run
             file.unlink(missing_ok=True)
     if push_to_hub is not None:
         _push(folder, push_to_hub)

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import gru_svm
 from benchmarks.gru_svm_training import Recipe, build, trained
+from benchmarks.work_folder import WorkFolder
 from hf_vqlogits.gru_svm.nsl_kdd import FEATURES
 
 pytest.importorskip("sklearn")
@@ -96,6 +97,24 @@ def test_the_whole_and_going_on(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gru_svm, "run_peer", never)
     gru_svm.main()
     assert json.loads(output.read_text())["rows"] == result["rows"]
+
+
+def test_rows_of_another_rate_are_other_trainings(tmp_path, monkeypatch):
+    bench = object.__new__(gru_svm.Bench)
+    bench.work, bench.seeds = WorkFolder(tmp_path, {}), [0, 1]
+    bench.recipe, bench.train, bench.test = Recipe("squared_hinge", 1e-2), None, None
+    asked = []
+
+    def run(recipe, train, test, *, seed):
+        asked.append((recipe.rate, recipe.dropout, seed))
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(gru_svm, "run_gru", run)
+    monkeypatch.setattr(gru_svm, "summary", lambda *_, **__: {})
+    for rate, dropout in ((1e-2, 0.15), (1e-3, 0.15), (1e-3, 0.5), (1e-2, 0.15)):
+        bench.row("tuned", "squared_hinge", rate, rate_at_edge=False, dropout=dropout)
+    wanted = [(1e-2, 0.15), (1e-3, 0.15), (1e-3, 0.5)]  # what is there is not made again
+    assert asked == [(*one, seed) for one in wanted for seed in (0, 1)]
 
 
 def test_a_rate_that_diverges_is_no_candidate_and_kept(data, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import margins
 from benchmarks.training import Schedule
+from benchmarks.trainings import hold_out
 from benchmarks.work_folder import WorkFolder
 from hf_vqlogits.conversion.calibration import CalibrationStatistics
 from hf_vqlogits.gru_svm.squared_hinge import squared_hinge
@@ -109,6 +110,43 @@ def test_both_losses_begin_with_the_same_order_and_margins_where_their_loss_is_l
     for one in (plain, model):
         body, source = one.model.backbone.state_dict(), bench.case.parts.backbone.state_dict()
         assert all(torch.equal(body[name], source[name]) for name in source)
+
+
+def test_the_fit_does_not_know_the_rows_that_choose_rates(bench):
+    train, held = hold_out(bench.case.calibration)
+    assert torch.equal(bench.quantiser.corpus.calibration, train)
+    assert torch.equal(bench.rows, train[:, :-1])
+    assert torch.equal(bench.held, held)
+
+
+def test_each_criterion_has_the_head_factor_and_rate_that_are_best_by_it():
+    """Factors are compared at the rate in the middle, rates at the better factor."""
+
+    class Told(margins.Bench):
+        def __init__(self):
+            pass
+
+        def untrained(self, loss):
+            return {}
+
+        def run(self, loss, rate, factor, seed):
+            right = {1.0: 0.3, 0.1: 0.2}[factor] - abs(rate - 1)
+            nats = {1.0: 5.0, 0.1: 4.0}[factor] + abs(rate - 2)
+            made = {"right_on_rows_kept_out": right, "nats_on_rows_kept_out": nats}
+            return made | {"learning_rate": rate, "head_factor": factor, "seed": seed}
+
+    rows = Told().measure("squared_hinge", (4.0, 1.0, 2.0, 0.5), (7, 8))
+    chosen = {
+        tuple(row["chosen_by"]): [
+            (made["learning_rate"], made["head_factor"], made["seed"]) for made in row["runs"]
+        ]
+        for row in rows
+    }
+    assert chosen == {
+        ("right tokens",): [(1.0, 1.0, 7), (1.0, 1.0, 8)],
+        ("perplexity",): [(2.0, 0.1, 7), (2.0, 0.1, 8)],
+    }
+    assert not any(row["rate_at_edge"] for row in rows)
 
 
 def test_the_factor_on_the_logits_is_the_best_one(bench):

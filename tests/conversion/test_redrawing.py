@@ -58,6 +58,17 @@ def test_the_ends_of_the_distribution_are_tokens_with_probability(monkeypatch, p
     assert drawn.tolist() == ([7, 100, 0] if place == 0 else [7, 598, 599])
 
 
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("vocab_size", [257, 515])  # one token in the last block; two of three
+def test_a_last_block_that_is_not_full(monkeypatch, place, vocab_size):
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, place))
+    probabilities = torch.zeros(2, vocab_size)
+    probabilities[0, -1] = 1
+    probabilities[1, [3, -1]] = 0.5
+    drawn = draw_tokens(probabilities, generator())
+    assert drawn.tolist() == [vocab_size - 1, 3 if place == 0 else vocab_size - 1]
+
+
 def test_the_same_seed_draws_the_same():
     probabilities = torch.rand(50, 90, generator=generator(3)).softmax(-1)
     first, again = (draw_tokens(probabilities, generator(4)) for _ in range(2))
