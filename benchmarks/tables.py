@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .ablation_table import ablation
+from .finetuned_tables import HEADS, finetuned, learning_curve
 from .markdown import is_there, precise, results, table, times
 from .output_layer_tables import gate_rates, gru_svm, gru_svm_claims, margins, mixtures
 from .speed_tables import generation, loss, memory, refined, rounding, speed, speed_peers
@@ -35,11 +36,6 @@ DOCUMENTS = (
         )
     ),
 )
-HEADS = {
-    "signs": "sign codes",
-    "residual": "index codes, K = 4",
-    "kmeans": "the paper's k-means, G = 1",
-}
 SECTION = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -115,55 +111,6 @@ def finetuning() -> str:
     return table(header, rows)
 
 
-def finetuned() -> str:
-    """Factors against the dense model fine-tuned equally; nothing where they are not measured."""
-    if not is_there("finetuned"):
-        return ""
-    found = results("finetuned")
-    rows = found["rows"]
-    texts = list(rows[0]["texts"])
-    header = (
-        "head | not fine-tuned | same greedy token | learning rate | fine-tuned, mean | "
-        f"least to most | {' / '.join(texts)} | same greedy token as the fine-tuned dense model | "
-        "as the original"
-    )
-
-    def cells(row: dict[str, Any]) -> Iterable[str]:
-        yield finetuned_name(row)
-        untuned = row["untuned"]
-        yield times(untuned["factor"])
-        yield " / ".join(f"{untuned['texts'][t]['agreement_untuned_dense']:.1%}" for t in texts)
-        yield f"{row['learning_rate']:g}"
-        yield f"**{times(row['factor']['mean'])}**"
-        yield " to ".join(times(row["factor"][end]) for end in ("least", "most"))
-        figures = [row["texts"][text] for text in texts]
-        if row["method"] is None:
-            perplexity = (f"{one['perplexity']['mean']:.2f}" for one in figures)
-            yield f"perplexity {' / '.join(perplexity)}"
-        else:
-            yield " / ".join(times(one["factor"]["mean"]) for one in figures)
-        for kind in ("agreement_tuned_dense", "agreement_untuned_dense"):
-            yield " / ".join(f"{one[kind]['mean']:.1%}" for one in figures)
-
-    bounds = [
-        f"No perplexity of {finetuned_name(row)} can be below "
-        + " / ".join(f"{row['perplexity_bound'][text]:.1f}" for text in texts)
-        + ".\n"
-        for row in rows
-        if "perplexity_bound" in row
-    ]
-    return table(header, map(cells, rows)) + "".join(f"\n{bound}" for bound in bounds)
-
-
-def finetuned_name(row: dict[str, Any]) -> str:
-    """Of a row, for readers."""
-    if row["method"] is None:
-        return "dense"
-    tied = ["input tied"] if row["embeddings"] == "tied" else []
-    whole = ["whole model distilled"] if row["whole"] else []
-    return ", ".join([HEADS[row["method"]], f"{row['reduction']:.0%}", *tied, *whole])
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "quality smollm2": lambda: quality("smollm2"),
     "quality gpt2-novels": lambda: quality("gpt2-novels"),
@@ -175,6 +122,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation training": lambda: ablation("training"),
     "finetuning": finetuning,
     "finetuned": finetuned,
+    "learning curve": learning_curve,
     "targets": targets,
     "bounds": bounds,
     "speed": speed,

@@ -8,7 +8,6 @@ Several processes on a machine without GPU: `torchrun --nproc-per-node 2` in the
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from finetuning import (
     WARMUP,
     collator,
     describe,
+    describe_loss,
     prepare,
     rows_a_step,
     run,
@@ -55,7 +55,8 @@ def train(arguments: argparse.Namespace) -> None:
         optimiser, int(WARMUP * arguments.steps), arguments.steps
     )
 
-    accelerator.print(f"perplexity before: {perplexity(model, eval_loader, accelerator):.4f}")
+    before = mean_loss(model, eval_loader, accelerator)
+    accelerator.print(f"before: {describe_loss(before, task)}")
     model.train()
     learner = CodeLearner(model, every=arguments.learn_codes) if arguments.learn_codes else None
     loss = 0.0
@@ -79,12 +80,13 @@ def train(arguments: argparse.Namespace) -> None:
             mean = accelerator.reduce(loss, "mean").item()
             accelerator.print(f"step {step} of {arguments.steps}: loss {mean:.6f}")
         if arguments.eval_steps and step % arguments.eval_steps == 0:
-            current = perplexity(model, eval_loader, accelerator)
-            accelerator.print(f"step {step} of {arguments.steps}: perplexity {current:.4f}")
+            current = describe_loss(mean_loss(model, eval_loader, accelerator), task)
+            accelerator.print(f"step {step} of {arguments.steps}: {current}")
         loss = 0.0
     if learner is not None:
         learner.close()
-    accelerator.print(f"perplexity after: {perplexity(model, eval_loader, accelerator):.4f}")
+    after = mean_loss(model, eval_loader, accelerator)
+    accelerator.print(f"after: {describe_loss(after, task)}")
     save(task, model, arguments, accelerator)
     accelerator.end_training()
 
@@ -101,8 +103,8 @@ def _order(
 
 
 @torch.no_grad()
-def perplexity(model: torch.nn.Module, loader: DataLoader, accelerator: Accelerator) -> float:
-    """Perplexity over all processes.
+def mean_loss(model: torch.nn.Module, loader: DataLoader, accelerator: Accelerator) -> float:
+    """Mean loss over all processes.
 
     Args:
         model: as the accelerator wrapped it.
@@ -114,7 +116,7 @@ def perplexity(model: torch.nn.Module, loader: DataLoader, accelerator: Accelera
     model.eval()
     losses = [accelerator.gather_for_metrics(model(**batch).loss[None]) for batch in loader]
     model.train(was_training)
-    return math.exp(torch.cat(losses).double().mean().item())
+    return torch.cat(losses).double().mean().item()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

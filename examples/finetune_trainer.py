@@ -5,7 +5,6 @@ python examples/finetune_trainer.py --model gpt2-vq --train-data text.txt \
 """
 
 import argparse
-import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from finetuning import (
     WARMUP,
     collator,
     describe,
+    describe_loss,
     prepare,
     run,
     save,
@@ -46,8 +46,8 @@ def train(arguments: argparse.Namespace) -> None:
         after = trainer.evaluate()["eval_loss"]
         for move in [] if learned is None else learned.history:
             trainer.accelerator.print(describe(move, arguments.steps))
-        trainer.accelerator.print(f"perplexity before: {math.exp(before):.4f}")
-        trainer.accelerator.print(f"perplexity after: {math.exp(after):.4f}")
+        trainer.accelerator.print(f"before: {describe_loss(before, task)}")
+        trainer.accelerator.print(f"after: {describe_loss(after, task)}")
         save(task, trainer.model_wrapped, arguments, trainer.accelerator)
 
 

@@ -33,6 +33,7 @@ DEFAULT_CONTEXT = 512
 HELD_OUT = 0.2
 WARMUP = 0.1
 MAX_GRADIENT_NORM = 1.0
+MOST_NATS = 700.0  # beyond, a perplexity is no float64
 # Without being told, Accelerate takes several processes on a machine without GPU for as many
 # trainings that know nothing of each other.
 ON_CPU = not torch.accelerator.is_available()
@@ -284,6 +285,18 @@ def describe(move: CodeMove, steps: int) -> str:
         f"step {move.step} of {steps}: moved {outcome}, loss on tokens kept out "
         f"{move.loss_before:.4f} -> {move.loss_after:.4f}"
     )
+
+
+def describe_loss(loss: float, task: Task) -> str:
+    """The perplexity that a mean cross-entropy stands for; a loss of margins as it is.
+
+    Args:
+        loss: mean over tokens kept out.
+        task: what is trained.
+    """
+    if getattr(task.model.config, "output_loss", "cross_entropy") != "cross_entropy":
+        return f"loss {loss:.4f}"
+    return f"perplexity {math.exp(loss) if loss < MOST_NATS else math.inf:.4f}"
 
 
 def collator(task: Task) -> Callable[[list[Tensor]], dict[str, Any]]:

@@ -196,7 +196,7 @@ def _training_arguments(arguments: argparse.Namespace, scratch: str) -> Training
         use_cpu=not torch.accelerator.is_available(),
         num_train_epochs=arguments.epochs,
         per_device_train_batch_size=arguments.batch_size,
-        per_device_eval_batch_size=1024,
+        per_device_eval_batch_size=arguments.batch_size,  # the loss is a sum over a batch
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         learning_rate=arguments.learning_rate,
         lr_scheduler_type="constant",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LINEAR = "linear"
+LEAST_TEMPERATURE = 1e-20
 
 
 def _identity(values: Tensor) -> Tensor:
@@ -60,12 +61,18 @@ def check_temperature(value: float, name: str = "temperature") -> None:
         name: of the argument, for the message.
 
     Raises:
-        ValueError: it is not positive and finite.
+        ValueError: it is not positive and finite, or so small or large that scores in float32
+            divided by it are no numbers any more.
     """
     if not 0 < value < math.inf:
         raise ValueError(
             f"`{name}` must be positive and finite, got {value}: scores are divided by it. Large "
             "values share every input among all components, small ones choose one."
+        )
+    if not LEAST_TEMPERATURE <= value <= 1 / LEAST_TEMPERATURE:
+        raise ValueError(
+            f"`{name}` must lie between {LEAST_TEMPERATURE:g} and {1 / LEAST_TEMPERATURE:g}, got "
+            f"{value}: scores divided by it leave the range of float32."
         )
 
 

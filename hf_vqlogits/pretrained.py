@@ -34,6 +34,11 @@ class VQLogitsPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: VQLogitsConfig):
+        # `from_pretrained` sets the fields it is given after the configuration was checked.
+        config.validate_architecture()
+        super().__init__(config)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # All else belongs to the backbone, which initialises itself but knows no coded embedding.

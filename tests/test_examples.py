@@ -107,7 +107,7 @@ def example(request, monkeypatch, capsys):
 
 
 def perplexities(out: str) -> tuple[float, float]:
-    found = dict(re.findall(r"perplexity (before|after): ([\d.]+)", out))
+    found = dict(re.findall(r"(before|after): perplexity ([\d.]+)", out))
     return float(found["before"]), float(found["after"])
 
 
@@ -133,6 +133,22 @@ def changed(before: Path, after: Path) -> set[str]:
         k: (v.shape, v.dtype) for k, v in new.items()
     }
     return {k for k in old if not torch.equal(old[k], new[k])}
+
+
+def test_a_model_of_margins_is_told_by_its_loss(example, inputs, tmp_path):
+    model, output = tmp_path / "margins", tmp_path / "tuned"
+    shutil.copytree(inputs / "vq", model)
+    config = VQLogitsConfig.from_pretrained(model)
+    config.output_loss = "squared_hinge"
+    config.save_pretrained(model)
+    code, out, _ = example(
+        *("--model", model, "--train-data", inputs / "text.txt", "--output", output), *QUICK
+    )
+    assert code == 0
+    assert "perplexity" not in out
+    before, after = (float(loss) for loss in re.findall(r"(?:before|after): loss ([\d.]+)", out))
+    assert after < before
+    assert VQLogitsConfig.from_pretrained(output).output_loss == "squared_hinge"
 
 
 @pytest.mark.parametrize("what", ["head", "all", "lora"])

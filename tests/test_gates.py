@@ -109,6 +109,19 @@ def test_impossible_temperatures_are_refused(value):
     assert made.temperature == pytest.approx(0.7)
 
 
+@pytest.mark.parametrize("value", [1e-21, 1e21])
+def test_temperatures_beyond_the_range_of_float32_are_refused(value):
+    with pytest.raises(
+        ValueError, match="`temperature` must lie between 1e-20 and 1e\\+20, got 1e"
+    ):
+        DenseToSparseGate(2, 2, temperature=value)
+    for extreme in (1e-20, 1e20):
+        made = DenseToSparseGate(2, 2, temperature=extreme)
+        with torch.no_grad():
+            made.slopes.copy_(torch.tensor([[1.0, 2.0], [3.0, -4.0]]))
+        assert torch.isfinite(made(1e3 * torch.randn(20, 2)).exp()).all()
+
+
 def test_unknown_activation_is_refused():
     with pytest.raises(ValueError, match=r"`activation` must be one of .*'sigmoid'.* got 'relu6'"):
         DenseToSparseGate(2, 2, activation="relu6")

@@ -40,6 +40,22 @@ def test_cut_to_a_size_that_is_not_there(make_model):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+def test_fields_given_at_loading_are_checked(make_model, tmp_path):
+    model = make_model("llama")
+    model.split_head(2)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gate_temperature=0.5)
+    assert loaded.lm_head.gate_temperature == loaded.config.gate_temperature == 0.5
+    for field, value in {
+        "gate_temperature": 0.0,
+        "gate_activation": "relu",
+        "logit_scale": -1.0,
+        "output_loss": "squared_hinge",
+    }.items():
+        with pytest.raises(ValueError, match=f"`{field}`.* got '?{value}"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **{field: value})
+
+
 def test_loading_does_not_draw_the_head_anew(make_model, tmp_path, monkeypatch):
     make_model("llama").save_pretrained(tmp_path)
     monkeypatch.setattr(VQLogitsHead, "initial_tensors", lambda self: pytest.fail("drawn anew"))

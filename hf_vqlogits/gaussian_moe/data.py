@@ -15,7 +15,9 @@ def check_finite(values: Tensor, name: str) -> None:
         ValueError: says how many there are and where the first is.
     """
     bad = ~torch.isfinite(values)
-    if bad.any():
+    if torch.compiler.is_compiling():  # a compiled graph cannot say which
+        torch._assert_async(~bad.any(), f"`{name}` holds values that are NaN or infinite.")
+    elif bad.any():
         rows = bad.any(-1).nonzero()[:, -1]
         raise ValueError(
             f"`{name}` holds {int(bad.sum())} values that are NaN or infinite, the first in row "

@@ -160,9 +160,9 @@ def _check_rounding(
     model: GaussianMoEModel, found: Mixture, x: Tensor, y: Tensor, log_likelihood: float
 ) -> None:
     """Warn where the parameters, in the model's number format, mean something else."""
-    dtype = model.dtype
-    rounded = found.map(lambda tensor: tensor.to(dtype))
-    kept = float(rounded.log_density(x.to(dtype), y.to(dtype)).double().mean())
+    dtype, computed = model.dtype, torch.promote_types(model.dtype, torch.float32)
+    rounded = found.map(lambda tensor: tensor.to(dtype).to(computed))
+    kept = float(rounded.log_density(x.to(computed), y.to(computed)).double().mean())
     if not math.isfinite(kept):
         raise ValueError(
             f"The fitted parameters are no numbers of the model's type, {dtype}: x or y are too "

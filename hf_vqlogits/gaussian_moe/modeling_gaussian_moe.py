@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from ..gates import DenseToSparseGate
 from ..loading import readable_file_errors, refuse_mismatched
+from ..ops.registration import without_autocast
 from .configuration_gaussian_moe import GaussianMoEConfig
 from .data import check_finite, columns
 from .em import LEAST_RATIO
@@ -56,9 +57,10 @@ class GaussianExperts(nn.Module):
 
     @property
     def factors(self) -> Tensor:
-        """L (k, p, p)."""
-        diagonal = self.log_factors.diagonal(dim1=-2, dim2=-1).exp() + self.min_deviation
-        return self.log_factors.tril(-1) + torch.diag_embed(diagonal)
+        """L (k, p, p), in float32 or wider: the floor would be lost beside it in 16 bits."""
+        logs = self.log_factors.to(torch.promote_types(self.log_factors.dtype, torch.float32))
+        diagonal = logs.diagonal(dim1=-2, dim2=-1).exp() + self.min_deviation
+        return logs.tril(-1) + torch.diag_embed(diagonal)
 
     @torch.no_grad()
     def set_factors(self, factors: Tensor) -> None:
@@ -84,6 +86,8 @@ class GaussianMoEModel(PreTrainedModel):
     config: GaussianMoEConfig
 
     def __init__(self, config: GaussianMoEConfig):
+        # `from_pretrained` sets the fields it is given after the configuration was checked.
+        config.validate_architecture()
         super().__init__(config)
         self.gate = DenseToSparseGate(
             config.input_size,
@@ -115,8 +119,12 @@ class GaussianMoEModel(PreTrainedModel):
         return self.gate.temperature
 
     def mixture(self) -> Mixture:
-        """The parameters as they enter the density; gradients flow through."""
-        return Mixture(
+        """The parameters as they enter the density; gradients flow through.
+
+        In float32 where the model's type is narrower: densities are exponentials, and the type of
+        the weights says what is stored.
+        """
+        stored = Mixture(
             self.gate.slopes,
             self.gate.biases,
             self.gate.log_temperature,
@@ -125,6 +133,7 @@ class GaussianMoEModel(PreTrainedModel):
             self.experts.factors,
             self.config.activation,
         )
+        return stored.map(lambda tensor: tensor.to(self._wide))
 
     @torch.no_grad()
     def set_mixture(self, mixture: Mixture) -> None:
@@ -166,9 +175,10 @@ class GaussianMoEModel(PreTrainedModel):
             ValueError: a shape is not the configuration's, or a value is NaN or infinite.
         """
         x = self._columns(x, self.config.input_size, "x")
-        mixture = self.mixture()
-        gates, means = mixture.log_gates(x).exp(), mixture.means(x)
-        prediction = (gates[..., None] * means).sum(-2)
+        with without_autocast(x.device):
+            mixture = self.mixture()
+            gates, means = mixture.log_gates(x).exp(), mixture.means(x)
+            prediction = (gates[..., None] * means).sum(-2)
         loss = None if labels is None else -self.log_density(x, labels).mean()
         output = GaussianMoEOutput(loss=loss, prediction=prediction, gates=gates, means=means)
         return output.to_tuple() if return_dict is False else output
@@ -188,7 +198,8 @@ class GaussianMoEModel(PreTrainedModel):
                 or infinite.
         """
         x, y = self._pair(x, y)
-        return self.mixture().log_density(x, y)
+        with without_autocast(x.device):
+            return self.mixture().log_density(x, y)
 
     def responsibilities(self, x: Tensor, y: Tensor) -> Tensor:
         """How probably each component made each observation.
@@ -204,7 +215,8 @@ class GaussianMoEModel(PreTrainedModel):
             ValueError: as `log_density`.
         """
         x, y = self._pair(x, y)
-        return self.mixture().log_joint(x, y).softmax(-1)
+        with without_autocast(x.device):
+            return self.mixture().log_joint(x, y).softmax(-1)
 
     @torch.no_grad()
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -220,7 +232,9 @@ class GaussianMoEModel(PreTrainedModel):
         Raises:
             ValueError: the shape is not the configuration's, or a value is NaN or infinite.
         """
-        return self.mixture().sample(self._columns(x, self.config.input_size, "x"), generator)
+        x = self._columns(x, self.config.input_size, "x")
+        with without_autocast(x.device):
+            return self.mixture().sample(x, generator)
 
     def _pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x = self._columns(x, self.config.input_size, "x")
@@ -232,10 +246,13 @@ class GaussianMoEModel(PreTrainedModel):
         return x, y
 
     def _columns(self, values: Tensor, width: int, name: str) -> Tensor:
-        values = columns(values, width, name).to(self.experts.intercepts.dtype)
-        if not torch.compiler.is_compiling():  # a compiled graph cannot look at values
-            check_finite(values, name)
+        values = columns(values, width, name).to(self._wide)
+        check_finite(values, name)
         return values
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.experts.intercepts.dtype, torch.float32)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Save as [`PreTrainedModel.save_pretrained`] does, with the temperature that it has."""
@@ -248,23 +265,29 @@ class GaussianMoEModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint as [`PreTrainedModel.from_pretrained`] does, and check it.
 
+        A `temperature` that is given, or that of a given configuration, replaces the stored one.
+
         Raises:
             ValueError: tensors are missing, too many, truncated, or of another shape than the
-                configuration says; the message says which.
+                configuration says, or a field that is given is out of range; the message says
+                which.
         """
         path, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        keep_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         with readable_file_errors(path):
             loaded: Any = super().from_pretrained(
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         model, info = loaded
-        refuse_mismatched(path, info["mismatched_keys"])
+        if not keep_mismatched:
+            refuse_mismatched(path, info["mismatched_keys"])
         for key, told in (("missing_keys", "lacks"), ("unexpected_keys", "holds unknown")):
             if info[key]:
                 raise ValueError(
                     f"The checkpoint {str(path)!r} {told} {', '.join(sorted(info[key]))}: it is "
                     "not one of this model, or it is damaged. Fit and save the model again."
                 )
+        model.gate.set_temperature(model.config.temperature)
         return (model, info) if with_info else model
 
 

@@ -20,7 +20,7 @@ from ..loading import (
     refuse_unexpected,
 )
 from .configuration_gru_svm import GRUSVMConfig
-from .squared_hinge import check_labels, l2_svm_objective
+from .squared_hinge import at_least_one, check_labels, l2_svm_objective
 
 MADE_BY = "Train the model with `examples/train_gru_svm.py` or Trainer, or copy it again."
 
@@ -44,6 +44,8 @@ class GRUSVMForSequenceClassification(PreTrainedModel):
     accepts_loss_kwargs = True
 
     def __init__(self, config: GRUSVMConfig):
+        # `from_pretrained` sets the fields it is given after the configuration was checked.
+        config.validate_architecture()
         super().__init__(config)
         self.gru = nn.GRU(config.input_size, config.hidden_size, batch_first=True)
         self.dropout = nn.Dropout(config.dropout)
@@ -190,9 +192,11 @@ class GRUSVMForSequenceClassification(PreTrainedModel):
             )
         check_labels(labels, rows=len(scores), classes=self.config.num_scores)
         total = nn.functional.cross_entropy(
-            scores.to(torch.promote_types(scores.dtype, torch.float32)), labels, reduction="sum"
+            scores.to(torch.promote_types(scores.dtype, torch.float32)),
+            labels.long(),
+            reduction="sum",
         )
-        return total / ((labels != -100).sum().clamp(min=1) if num_items is None else num_items)
+        return total / at_least_one((labels != -100).sum() if num_items is None else num_items)
 
 
 def _check_padding(real: Tensor, shape: tuple[int, ...]) -> None:
@@ -201,13 +205,13 @@ def _check_padding(real: Tensor, shape: tuple[int, ...]) -> None:
             f"`attention_mask` must have the shape {shape} of rows and time steps, got "
             f"{tuple(real.shape)}."
         )
-    if torch.compiler.is_compiling():
-        return  # a check of values would break the graph
     wrong = ~real[:, 0] | (real[:, 1:] & ~real[:, :-1]).any(-1)
-    if bool(wrong.any()):
+    allowed = "must be 1 for the real steps, at least one, and 0 for the padding after them"
+    if torch.compiler.is_compiling():  # a compiled graph cannot say which
+        torch._assert_async(~wrong.any(), f"`attention_mask` of every row {allowed}.")
+    elif bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"`attention_mask` of row {row} must be 1 for the real steps, at least one, and 0 for "
-            f"the padding after them, got {real[row].int().tolist()}: padding before or between "
-            "would change the state."
+            f"`attention_mask` of row {row} {allowed}, got {real[row].int().tolist()}: padding "
+            "before or between would change the state."
         )

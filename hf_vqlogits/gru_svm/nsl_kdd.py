@@ -5,7 +5,7 @@ family an attack is of follows that paper's Table 1 and, for attacks of the test
 lists of KDD Cup 1999; sources differ about `worm` and `httptunnel`.
 """
 
-from .schema import EVERY_OTHER, RecordSchema
+from .schema import RecordSchema
 
 CATEGORICAL = ("protocol_type", "service", "flag")
 FEATURES = tuple(
@@ -36,13 +36,11 @@ def nsl_kdd_schema(classes: str = "two") -> RecordSchema:
     Raises:
         ValueError: `classes` is neither.
     """
-    named = {"normal": "normal"}
-    if classes == "two":
-        named[EVERY_OTHER] = "attack"
-    elif classes == "five":
-        named |= {name: family for family, names in ATTACKS.items() for name in names.split()}
-    else:
+    if classes not in ("two", "five"):
         raise ValueError(f"`classes` must be 'two' or 'five', got {classes!r}.")
+    named = {"normal": "normal"}
+    for family, names in ATTACKS.items():
+        named |= dict.fromkeys(names.split(), "attack" if classes == "two" else family)
     kinds = {n: "categorical" if n in CATEGORICAL else "continuous" for n in FEATURES}
     return RecordSchema(
         columns={**kinds, "attack": "label", "difficulty": "ignored"}, classes=named

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import logging
 import math
 import os
 import zlib
@@ -14,6 +15,8 @@ from typing import IO, Any
 import numpy as np
 
 from .schema import RecordSchema
+
+logger = logging.getLogger(__name__)
 
 MALFORMED = ("refuse", "leave_out")
 TOLD = 5  # problems in a message; all are in `problems`
@@ -90,7 +93,7 @@ def read_records(
         labelled: whether the records have their label. Without, lines hold the features alone, or
             with a header whatever columns of the schema there are beside them.
         malformed: `"refuse"` to raise, or `"leave_out"` to leave out the lines that cannot be read
-            and list them in `problems`.
+            and list them in `problems`; the first are logged.
 
     Returns:
         The records, N of them.
@@ -118,6 +121,14 @@ def read_records(
         )
     if not rows:
         raise RecordError(f"There is no record in {name}.")
+    if problems:
+        logger.warning(
+            "%s of %s records of %s are malformed and left out: %s.",
+            f"{len(problems):,}",
+            f"{len(rows) + len(problems):,}",
+            name,
+            told(problems),
+        )
     values: dict[str, Any] = {feature: [] for feature in schema.features}
     for _, found, _ in rows:
         for feature, value in zip(schema.features, found, strict=True):

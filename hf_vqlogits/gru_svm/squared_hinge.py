@@ -78,8 +78,13 @@ def l2_svm_objective(
     loss = c * squared_hinge(scores, labels, ignore_index=ignore_index)
     regulariser = 0.5 * weight.to(loss.dtype).square().sum()
     if num_items is not None:
-        regulariser = regulariser * (labels != ignore_index).sum() / num_items
+        regulariser = regulariser * (labels != ignore_index).sum() / at_least_one(num_items)
     return loss + regulariser
+
+
+def at_least_one(count: Tensor | int) -> Tensor | int:
+    """A number of rows to divide by; Trainer's is 0 for a batch in which no row counts."""
+    return count.clamp(min=1) if torch.is_tensor(count) else max(1, count)
 
 
 def check_labels(labels: Tensor, *, rows: int, classes: int, ignore: int = -100) -> None:
@@ -93,7 +98,8 @@ def check_labels(labels: Tensor, *, rows: int, classes: int, ignore: int = -100)
 
     Raises:
         TypeError: they are no integers.
-        ValueError: they have another shape than (rows,), or one is outside the classes.
+        ValueError: they have another shape than (rows,), or one is outside the classes; the
+            latter is a RuntimeError where the model is compiled.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(
@@ -104,12 +110,14 @@ def check_labels(labels: Tensor, *, rows: int, classes: int, ignore: int = -100)
             f"`labels` must have the shape ({rows},) of the rows of scores, got "
             f"{tuple(labels.shape)}: one class a row."
         )
-    if torch.compiler.is_compiling():
-        return  # a check of values would break the graph
     wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore)
-    if bool(wrong.any()):
+    allowed = (
+        f"`labels` must lie between 0 and {classes - 1}, or be {ignore} for rows that do not count"
+    )
+    if torch.compiler.is_compiling():  # a compiled graph cannot say which
+        torch._assert_async(~wrong.any(), f"{allowed}; there are {classes} classes.")
+    elif bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"`labels` must lie between 0 and {classes - 1}, or be {ignore} for rows that do not "
-            f"count, got {int(labels[row])} in row {row}; there are {classes} classes."
+            f"{allowed}, got {int(labels[row])} in row {row}; there are {classes} classes."
         )

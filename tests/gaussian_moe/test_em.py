@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,6 +128,17 @@ def test_a_component_without_observations_keeps_its_expert():
         assert torch.equal(getattr(found, name)[1], getattr(mixture, name)[1])
         assert not torch.equal(getattr(found, name)[0], getattr(mixture, name)[0])
         assert torch.isfinite(getattr(found, name)).all()
+
+
+def test_the_gate_of_a_component_without_observations_closes():
+    mixture = random_mixture(k=2)
+    x, y = random_data(mixture)
+    intercepts = mixture.intercepts.clone()
+    intercepts[1] = 1e4  # so far that no observation can be its own
+    result = em(replace(mixture, intercepts=intercepts), x, y, min_deviation=FLOOR, steps=100)
+    assert torch.equal(result.mixture.intercepts[1], intercepts[1])
+    assert float(result.mixture.log_gates(x).exp()[:, 1].max()) < 1e-3
+    assert torch.isfinite(result.history).all()
 
 
 def test_floor_raises_only_what_is_below():

@@ -7,7 +7,7 @@ from mixtures import random_data, random_mixture
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
-from hf_vqlogits.gaussian_moe import GaussianMoEConfig, GaussianMoEModel
+from hf_vqlogits.gaussian_moe import GaussianMoEConfig, GaussianMoEModel, fit_em
 from hf_vqlogits.gaussian_moe.mixture import TENSORS
 
 SIZES = {"input_size": 2, "output_size": 2, "num_components": 3}
@@ -105,6 +105,55 @@ def test_damaged_checkpoints_are_refused(tmp_path, damage):
     }[damage]
     with pytest.raises(ValueError, match=message):
         GaussianMoEModel.from_pretrained(tmp_path)
+
+
+def test_fields_given_at_loading_count_and_are_checked(tmp_path):
+    GaussianMoEModel(GaussianMoEConfig(**SIZES, temperature=0.5)).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, temperature=0.25)
+    assert loaded.temperature == pytest.approx(loaded.config.temperature) == pytest.approx(0.25)
+    other = GaussianMoEConfig(**SIZES, temperature=3.0)
+    loaded = AutoModel.from_pretrained(tmp_path, config=other)
+    assert loaded.temperature == pytest.approx(loaded.config.temperature) == pytest.approx(3.0)
+    for field, value in {"min_deviation": -1.0, "temperature": 0.0}.items():
+        with pytest.raises(ValueError, match=f"`{field}` must be positive and finite, got {value}"):
+            AutoModel.from_pretrained(tmp_path, **{field: value})
+    with pytest.raises(ValueError, match=r"gate.biases is \(3,\) instead of \(4,\)"):
+        AutoModel.from_pretrained(tmp_path, num_components=4)
+    remade = AutoModel.from_pretrained(tmp_path, num_components=4, ignore_mismatched_sizes=True)
+    assert remade(torch.randn(3, 2)).gates.shape == (3, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stored_in_half_precision_it_computes_in_float32(tmp_path, dtype):
+    mixture = random_mixture("gelu")
+    x, y = (values.float() for values in random_data(mixture))
+    model_of(mixture).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype
+    exact = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
+    exact.load_state_dict(loaded.state_dict())  # rounded alike
+    for made in (loaded, exact):
+        made(x, labels=y).loss.backward()
+    torch.testing.assert_close(loaded(x, labels=y).loss, exact(x, labels=y).loss)
+    for one, other in zip(loaded.parameters(), exact.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad.to(dtype))
+    before = -float(loaded(x, labels=y).loss)
+    assert fit_em(loaded, x, y, start="model").log_likelihood > before
+    assert loaded.dtype == dtype
+
+
+def test_autocast_loses_no_accuracy():
+    mixture = random_mixture("linear")
+    x, y = (values.float() for values in random_data(mixture))
+    made = model_of(mixture).float()
+    wanted = made(x, labels=y), made.log_density(x, y), made.responsibilities(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = made(x, labels=y), made.log_density(x, y), made.responsibilities(x, y)
+    for one, other in zip(
+        got[0].to_tuple() + got[1:], wanted[0].to_tuple() + wanted[1:], strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 def test_components_begin_different_and_the_same_seed_begins_the_same():

@@ -130,6 +130,59 @@ def test_a_batch_of_one_class_or_without_labels_that_count(make, output_loss):
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("output_loss", LOSSES)
+def test_trainer_survives_a_batch_without_labels_that_count(make, tmp_path, output_loss):
+    model = make(output_loss=output_loss).train()
+    inputs, labels = rows(6), [-100, -100, -100, 0, 1, -100]
+    data = [
+        {"input_values": one, "labels": torch.tensor(label)}
+        for one, label in zip(inputs, labels, strict=True)
+    ]
+    arguments = TrainingArguments(
+        output_dir=tmp_path,
+        use_cpu=True,
+        max_steps=2,
+        per_device_train_batch_size=3,
+        train_sampling_strategy="sequential",
+        logging_nan_inf_filter=False,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=data)
+    before = deepcopy(model.state_dict())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == 0
+    assert np.isfinite(losses).all()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("output_loss", LOSSES)
+def test_labels_of_any_integers(make, output_loss):
+    model, labels = make(output_loss=output_loss), torch.tensor([0, 1, 1])
+    wanted = model(rows(3), labels=labels).loss
+    for dtype in (torch.int8, torch.uint8, torch.int32):
+        assert torch.equal(model(rows(3), labels=labels.to(dtype)).loss, wanted)
+
+
+@pytest.mark.parametrize("output_loss", LOSSES)
+def test_a_compiled_model_refuses_labels_and_padding_too(make, output_loss):
+    model = make(output_loss=output_loss)
+    compiled = torch.compile(model, backend="eager")
+    labels, mask = torch.tensor([0, 1, -100]), torch.ones(3, 5)
+    torch.testing.assert_close(
+        compiled(rows(3), mask, labels=labels).loss, model(rows(3), mask, labels=labels).loss
+    )
+    with pytest.raises(RuntimeError, match="`labels` must lie between 0 and 1"):
+        compiled(rows(3), mask, labels=torch.tensor([0, 1, 7]))
+    mask[1, 0] = 0
+    with pytest.raises(RuntimeError, match="`attention_mask` of every row must be 1"):
+        compiled(rows(3), mask, labels=labels)
+
+
 def test_dropout_only_in_training(make):
     model = make(dropout=0.5)
     assert torch.equal(model(rows(3)).logits, model(rows(3)).logits)
@@ -183,6 +236,19 @@ def test_survives_saving(make, tmp_path, output_loss):
         "classifier.weight",
         "classifier.bias",
     }
+
+
+def test_fields_given_at_loading_are_checked(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    load = AutoModelForSequenceClassification.from_pretrained
+    assert load(tmp_path, svm_c=2.0).config.svm_c == 2.0
+    for field, value in {
+        "output_loss": "hinge",
+        "svm_c": -1.0,
+        "problem_type": "regression",
+    }.items():
+        with pytest.raises(ValueError, match=f"`{field}` must be .* got '?{value}"):
+            load(tmp_path, **{field: value})
 
 
 def test_a_damaged_checkpoint_is_refused(make, tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from hf_vqlogits.gru_svm import nsl_kdd_schema, read_records
+from hf_vqlogits.gru_svm import RecordError, nsl_kdd_schema, read_records
 
 LINE = (
     "0,tcp,ftp_data,SF,491,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,2,2,0.00,0.00,0.00,0.00,1.00,0.00,"
@@ -25,6 +25,14 @@ def test_five_classes():
     labels = ["normal", "neptune", "mscan", "warezclient", "ps", "unheard_of"]
     assert [schema.class_of(label) for label in labels] == [0, 1, 2, 3, 4, None]
     assert len(schema.classes) == 40  # 39 attacks, each in one family
+
+
+def test_a_label_of_neither_class_is_refused():
+    schema = nsl_kdd_schema()
+    labels = ["normal", "neptune", "xterm", "Normal", "normal.", "21", "neptun"]
+    assert [schema.class_of(label) for label in labels] == [0, 1, 1, None, None, None, None]
+    with pytest.raises(RecordError, match="line 2.*'Normal'"):
+        read_records([LINE.format("normal"), LINE.format("Normal")], schema)
 
 
 def test_other_classes_are_refused():

@@ -76,11 +76,12 @@ def test_malformed_lines_are_refused_by_number(line, reason):
     assert [problem.line for problem in caught.value.problems] == [3]
 
 
-def test_malformed_lines_are_left_out_on_request_and_listed():
+def test_malformed_lines_are_left_out_on_request_and_listed(caplog):
     lines = [line for pair in zip(BAD, GOOD * 4, strict=False) for line in (pair[0][0], pair[1])]
     records = read_records(lines, SCHEMA, malformed="leave_out")
     assert records.lines.tolist() == list(range(2, 2 * len(BAD) + 1, 2))
     assert [problem.line for problem in records.problems] == list(range(1, 2 * len(BAD), 2))
+    assert "11 of 22 records of the text given are malformed and left out: line 1: " in caplog.text
     with pytest.raises(RecordError, match="11 of 22 .*; and 6 more. Mend them"):
         read_records(lines, SCHEMA)
 

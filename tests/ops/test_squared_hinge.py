@@ -91,12 +91,11 @@ def test_lower_precision(kind, dtype):
 
 
 @each_kind
-def test_wide_margins_cost_nothing(kind):
+def test_logits_of_zero_miss_every_margin_by_one(kind):
     hidden, labels, head = make_problem(kind)
     with torch.no_grad():
         head["codebook"].zero_()
         head["codebook_bias"].zero_()
-    # Logits of 0 miss every margin by 1.
     got = chunked_loss(hidden, labels, head, reduction="none")
     assert got.tolist() == [0, 0, *[VOCABULARY] * 7]
 
