@@ -131,7 +131,7 @@ def _bars(
         ]
         lengths = [height(row["factor"]) - low for row in some]
         drawn = panel.bar(at, lengths, 0.95 * width, bottom=low, color=SHADES[value], label=label)
-        told = [f"{row['factor']:.4g}" for row in some]
+        told = [f"{row['factor']:.5g}" for row in some]
         panel.bar_label(drawn, told, fontsize="x-small", padding=2, rotation=90)
     factor_axis(panel)
     top = max((height(row["factor"]) for row in rows), default=1.0)

@@ -19,6 +19,9 @@ def height(factor: float) -> float:
 def factor_axis(panel: Any) -> None:
     """Make the y-axis of a panel one of factors."""
     panel.set_yscale("log")
-    panel.set_yticks([height(factor) for factor in TICKS], [f"x{factor:g}" for factor in TICKS])
+    panel.set_yticks(
+        [height(factor) for factor in (FLOOR, *TICKS)],
+        [f"x{FLOOR:g} or less", *(f"x{factor:g}" for factor in TICKS)],
+    )
     panel.minorticks_off()
     panel.axhline(height(FLOOR), color="grey", linewidth=0.5)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -30,6 +31,12 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _colour(index: int) -> Any:
+    """Ten colours, then a light one of each."""
+    light, hue = divmod(index, 10)
+    return colormaps["tab20"](2 * hue + light)
+
+
 def _panel(panel: Any, rows: Sequence[Mapping[str, Any]], peers: set[str]) -> None:
     for index, peer in enumerate(FAMILIES):
         if peer not in peers:
@@ -46,7 +53,7 @@ def _panel(panel: Any, rows: Sequence[Mapping[str, Any]], peers: set[str]) -> No
             linestyle="-" if ours else ":",
             linewidth=2.5 if ours else 0.8,
             markersize=9 if ours else 7,
-            color="black" if ours else f"C{index % 10}",
+            color="black" if ours else _colour(index),
             label=peer,
             zorder=3 if ours else 2,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_vqlogits.conversion.comparison import HeadScore
 from hf_vqlogits.conversion.environment import machine, versions
+from hf_vqlogits.conversion.report import without_nan
 
 from .protocol import factor
 
@@ -36,7 +37,8 @@ def record(benchmark: str, *packages: str, **figures: Any) -> dict[str, Any]:
 def write(result: dict[str, Any], output: Path) -> None:
     """Write a result as JSON."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+    text = json.dumps(without_nan(result), indent=2, allow_nan=False)
+    output.write_text(text + "\n", encoding="utf8")
 
 
 def score_of(scores: Mapping[str, Mapping[str, HeadScore]], head: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from .code_training import DAMPING, EVERY, CodeLearner, CodeMove
+from .distillation import MOST_DAMPING
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class LearnCodesCallback(TrainerCallback, ExportableState):
             ValueError: `every` or `damping` is out of its range.
         """
         self._close()  # Trainer begins again where a batch size was too large
+        if self.damping > MOST_DAMPING:
+            return  # a checkpoint's: no move helped any more
         self._learner = CodeLearner(kwargs["model"], every=self._every, damping=self.damping)
 
     def on_step_end(
@@ -62,7 +65,8 @@ class LearnCodesCallback(TrainerCallback, ExportableState):
         move = self._learner.step()
         self.damping = self._learner.damping
         if move is not None:
-            self.history.append(move)
+            # The learner's own count begins where a resumed training does.
+            self.history.append(move._replace(step=state.global_step))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -82,7 +82,7 @@ class CodeLearner:
         ConversionError: there is no trainable head of sign codes, the codes are the input
             embedding's too, or something other than FSDP 2 spreads the codebook over processes. In
             the first forward: its loss is no cross-entropy.
-        ValueError: `every` is below 1, or `damping` not positive.
+        ValueError: `every` is below 1, or `damping` not positive or above `MOST_DAMPING`.
 
     Example:
         >>> learner = CodeLearner(model, every=64)  # doctest: +SKIP
@@ -97,8 +97,11 @@ class CodeLearner:
     def __init__(self, model: nn.Module, *, every: int = EVERY, damping: float = DAMPING):
         if every < 1:
             raise ValueError(f"`every` is {every}; it must be at least one optimiser step.")
-        if not damping > 0:
-            raise ValueError(f"`damping` is {damping}; it must be positive, {DAMPING} for example.")
+        if not 0 < damping <= MOST_DAMPING:
+            raise ValueError(
+                f"`damping` is {damping}; it must be positive and at most {MOST_DAMPING:g}, where "
+                f"moves are given up, {DAMPING:g} for example."
+            )
         self._head = trainable_head(model)
         whole(self._head)  # refuses what could not be read later
         self.damping = damping

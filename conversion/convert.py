@@ -195,7 +195,8 @@ def convert_to_vq(
     if distill_steps is not None:
         check_range("distill_steps", distill_steps, 0)
     if state_file is not None:
-        check_state_file(state_file, distill_steps, input_distill_steps, body_distill_steps)
+        asked = 0 if distill_steps is None and method != "signs" else distill_steps
+        check_state_file(state_file, asked, input_distill_steps, body_distill_steps)
     gate: dict[str, Any] = {
         "num_mixtures": num_mixtures,
         "gate_activation": gate_activation,

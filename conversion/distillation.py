@@ -31,6 +31,10 @@ from .streaming import KeptStates
 from .training import Advance, Distillation, Notify, Training, divergence, relative_rates
 
 CODE_SHARE = 0.8  # of the steps, where codes are learnt
+# Of the steps of Adam, whose first ones are as large as the rate whatever the gradient is: without,
+# 52 steps took a fit of SmolLM2-135M at 99% from 0.1261 to 0.1220 nats by way of 0.1266, with it to
+# 0.1211; at half or double the rate 0.1223 and 0.1221.
+WARM_UP = 0.2
 CODE_STEPS = 64  # of an iteration that moves codes
 # Of the first iteration; doubled whenever the divergence rose. Codewords of index codes are far
 # apart: three iterations on k-means of a small GPT-2 took the divergence from 2.13 to 1.97 nats
@@ -86,11 +90,17 @@ def distill(
     plain = head.num_mixtures == 1
     training.begin(state_file, HEAD if plain else MIXTURE, key)
     if metric is not None and plain:
-        training.learn_codes(metric, int(CODE_SHARE * steps), frozen_bits)
+        training.learn_codes(metric, steps_for_codes(steps), frozen_bits)
     if learning_rate is None:
         learning_rate = training.rate(head.num_codebooks)
     training.train_codebook(learning_rate)
     return training.finish()
+
+
+def steps_for_codes(steps: int) -> int:
+    """Of so many steps those that move codes: whole moves, as one of less text seldom helps."""
+    most = int(CODE_SHARE * steps)
+    return most if most < CODE_STEPS else most - most % CODE_STEPS
 
 
 class _HeadTraining(Training):
@@ -154,7 +164,8 @@ class _HeadTraining(Training):
             for hidden in self._advancing(step, step + 1):
                 self._backward(hidden, levels)
 
-        self.descend(relative_rates(head.parameters(), learning_rate), steps, backward)
+        rates = relative_rates(head.parameters(), learning_rate)
+        self.descend(rates, steps, backward, warm_up=WARM_UP)
 
     def _backward(self, hidden: Tensor, levels: Tensor | None) -> None:
         """Gradients of the mean divergence; levels of the sign codes of a plain head."""

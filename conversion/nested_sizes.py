@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .errors import ConversionError
-from .sizes import HeadSize, choose_size
+from .sizes import HeadSize, check_smaller_than_dense, choose_size
 
 
 def check_nested(
@@ -74,7 +74,8 @@ def choose_nested_size(
         fine_share: share of the tokens with a second code, the same ones at every size.
 
     Raises:
-        ConversionError: a reduction cannot be reached, or two of them give the same bits.
+        ConversionError: a reduction cannot be reached, two of them give the same bits, or all
+            codebooks together are larger than the dense layer.
     """
     sizes: list[HeadSize] = []
     for reduction in sorted(nested, reverse=True):
@@ -96,4 +97,6 @@ def choose_nested_size(
             )
         sizes.append(size)
     *smaller, full = sizes
-    return full.holding(tuple(size.num_codebooks for size in smaller))
+    whole = full.holding(tuple(size.num_codebooks for size in smaller))
+    check_smaller_than_dense(whole, vocab_size, hidden_size, f"`nested` {list(nested)}")
+    return whole

@@ -1,8 +1,9 @@
 """What a conversion did, as one object behind terminal, JSON, model card and plot."""
 
 import json
+import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ class ConversionReport:
 
     def to_json(self) -> str:
         """The report as JSON, the same for the same figures."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        values = without_nan(self.to_dict())
+        return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def save(self, folder: Path) -> None:
         """Write `vq_report.json` into `folder`."""
@@ -402,3 +404,14 @@ def _grid(title: str, columns: Sequence[str], cells: Iterable[Sequence[str]]) ->
     for row in cells:
         table.add_row(*row)
     return table
+
+
+def without_nan(value: Any) -> Any:
+    """Plain data with None for figures that are not finite, which JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(one) for one in value]
+    return value

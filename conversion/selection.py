@@ -89,7 +89,7 @@ def select_head(
         fit=lambda bits: heads.fit(by_bits[bits]),
         distil=(lambda bits: heads.distil(by_bits[bits])) if distill_steps else None,
     )
-    candidates = _candidates(choice, limit, quantiser, by_bits)
+    candidates = _candidates(choice, limit, quantiser, by_bits, heads.agreement)
     if choice.bits is None:
         raise ConversionError(_nothing_found(candidates, increase, sizes[-1]))
     size = by_bits[choice.bits]
@@ -119,13 +119,14 @@ class _Heads:
             dense = in_own_type(quantiser, quantiser.parts.logits)
             self._dense = compare_heads(self._batches, dense, {})["dense"]
         self.fitted: dict[HeadSize, VQLogitsHead] = {}
+        self.agreement: dict[HeadSize, float] = {}  # of the head that was judged last
         self._distilled: dict[HeadSize, tuple[VQLogitsHead, Any]] = {}
 
     def fit(self, size: HeadSize) -> float:
         with self._quantiser.timed("fit"):
             head = self._quantiser.sign_head(size, self._statistics, self._fitter)
         self.fitted[size] = head
-        return self._growth(head)
+        return self._growth(size, head)
 
     def distil(self, size: HeadSize) -> float:
         quantiser, head = self._quantiser, copy.deepcopy(self.fitted[size])
@@ -133,7 +134,7 @@ class _Heads:
             state_file = self._files.get(size)
             quantiser.distill(head, self._steps, self._statistics, state_file=state_file)
         self._distilled[size] = head, quantiser.details["distillation"]
-        return self._growth(head)
+        return self._growth(size, head)
 
     def result(self, size: HeadSize) -> VQLogitsHead:
         """The head of this size, with what its own distillation told."""
@@ -142,17 +143,22 @@ class _Heads:
         head, self._quantiser.details["distillation"] = self._distilled[size]
         return head
 
-    def _growth(self, head: VQLogitsHead) -> float:
+    def _growth(self, size: HeadSize, head: VQLogitsHead) -> float:
         """Ln of the perplexity factor, in the type that will be written."""
         quantiser = self._quantiser
         written = copy.deepcopy(head).to(quantiser.parts.weight.dtype)
         with quantiser.timed("evaluation"):
             score = judge_model(self._batches, in_own_type(quantiser, written), self._dense.choices)
+        self.agreement[size] = score.agreement
         return score.nats - self._dense.nats
 
 
 def _candidates(
-    choice: Choice, limit: float, quantiser: Quantiser, by_bits: dict[int, HeadSize]
+    choice: Choice,
+    limit: float,
+    quantiser: Quantiser,
+    by_bits: dict[int, HeadSize],
+    agreement: Mapping[HeadSize, float],
 ) -> list[Candidate]:
     vocab_size, hidden_size = quantiser.parts.weight.shape
     candidates = []
@@ -166,6 +172,7 @@ def _candidates(
                 param_reduction=1 - floats / (vocab_size * hidden_size),
                 fit_factor=math.exp(growth),
                 factor=None if judged is None else math.exp(judged),
+                greedy_agreement=agreement[by_bits[bits]],
                 passed=None if judged is None else judged <= limit,
                 chosen=bits == choice.bits,
             )

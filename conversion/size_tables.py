@@ -41,7 +41,9 @@ class Candidate:
         fit_factor: by the fit alone.
         factor: of the head as it would be written, after the distillation where there is one; None
             where the fit alone told enough.
-        passed: whether that is within the limit.
+        greedy_agreement: share of the evaluation text on which the head of that factor, or by the
+            fit where there is none, has the dense layer's most likely token.
+        passed: whether the factor is within the limit.
         chosen: the smallest that passed.
     """
 
@@ -50,6 +52,7 @@ class Candidate:
     param_reduction: float
     fit_factor: float
     factor: float | None
+    greedy_agreement: float
     passed: bool | None
     chosen: bool
 
@@ -104,6 +107,7 @@ CANDIDATE_COLUMNS = (
     "saved",
     "factor, fit alone",
     "factor",
+    "same token",
     "passed",
 )
 
@@ -117,5 +121,6 @@ def candidate_cells(candidate: Candidate) -> tuple[str, ...]:
         f"{candidate.param_reduction:.1%}",
         f"x{candidate.fit_factor:.4f}",
         "" if candidate.factor is None else f"x{candidate.factor:.4f}",
+        f"{candidate.greedy_agreement:.1%}",
         "chosen" if candidate.chosen else passed,
     )

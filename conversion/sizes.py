@@ -152,14 +152,24 @@ def choose_size(
     chosen_by = " and ".join(given) or f"`param_reduction` {DEFAULT_REDUCTION} (the default)"
     # With K = V, which nobody asks for by accident, one codebook is the dense layer, lossless.
     if not (size.num_codebooks == 1 and codebook_size is not None):
-        _check_smaller_than_dense(size, vocab_size, hidden_size, chosen_by)
+        check_smaller_than_dense(size, vocab_size, hidden_size, chosen_by)
     return size
 
 
-def _check_smaller_than_dense(
+def check_smaller_than_dense(
     size: HeadSize, vocab_size: int, hidden_size: int, chosen_by: str
 ) -> None:
-    """Compare in float32; in 16 bits the dense layer halves and the codes do not."""
+    """Compare in float32; in 16 bits the dense layer halves and the codes do not.
+
+    Args:
+        size: of the head.
+        vocab_size: V.
+        hidden_size: d.
+        chosen_by: what asked for it, for the message.
+
+    Raises:
+        ConversionError: the head would be the larger one.
+    """
     head = size.stored_bytes(vocab_size, hidden_size, FLOAT32_BYTES)
     dense = vocab_size * hidden_size * FLOAT32_BYTES
     if head <= dense:

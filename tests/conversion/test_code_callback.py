@@ -78,7 +78,8 @@ def test_a_resumed_training_goes_on_as_if_uninterrupted(make_model, make_trainer
     checkpoint = tmp_path / "run" / "checkpoint-4"
     make_trainer(resumed, again, **options).train(resume_from_checkpoint=checkpoint)
     assert callback.history[0].taken
-    assert [move[1:] for move in again.history] == [move[1:] for move in callback.history[1:]]
+    assert [move.step for move in callback.history] == [4, 8]
+    assert again.history == callback.history[1:]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
@@ -95,6 +96,25 @@ def test_a_checkpoint_keeps_the_damping(model, make_trainer, tmp_path):
     )
     assert restored.damping == 7.0
     assert restored.history == []  # `every` is that of the checkpoint as well
+
+
+def test_a_resumed_training_gives_up_what_was_given_up(model, make_trainer, tmp_path, monkeypatch):
+    def worse(head, *_):
+        head.codes.bitwise_not_()
+
+    monkeypatch.setattr("hf_vqlogits.conversion.code_training.move_codes", worse)
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    callback = LearnCodesCallback(every=2, damping=32.0)
+    make_trainer(model, callback, **options).train()
+    assert [move.taken for move in callback.history] == [False]
+    assert callback.damping == 64.0
+    options |= {"max_steps": 6, "restore_callback_states_from_checkpoint": True}
+    trainer = make_trainer(model, LearnCodesCallback(every=2), **options)
+    trainer.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
+    (restored,) = (
+        c for c in trainer.callback_handler.callbacks if isinstance(c, LearnCodesCallback)
+    )
+    assert (restored.damping, restored.history) == (64.0, [])
 
 
 def test_a_training_too_short_for_a_move_is_told(model, make_trainer, caplog):

@@ -347,6 +347,7 @@ def test_labels_must_pass_through_the_head(model, batch):
     [
         ({"every": 0}, "`every` is 0; it must be at least one"),
         ({"damping": 0.0}, "`damping` is 0.0; it must be positive"),
+        ({"damping": 64.0}, "`damping` is 64.0; it must be positive and at most 32, where moves"),
     ],
 )
 def test_options_out_of_range(model, options, message):

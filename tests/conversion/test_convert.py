@@ -530,6 +530,10 @@ def test_push_to_hub_uploads_the_output_folder(tiny_folder, text_file, tmp_path,
             {"distill_steps": 0, "distill_state": "state"},
             "keeps a distillation, but there are no steps to make",
         ),
+        (
+            {"method": "kmeans", "distill_state": "state"},  # not distilled by default
+            "keeps a distillation, but there are no steps to make",
+        ),
         ({"distill_state": "missing/state"}, "must name a file in a folder that can be written"),
         ({"distill_steps": -1}, "`distill_steps` must be at least 0, got -1"),
         ({"calibration_tokens": 20}, "20 is less than a row .* at least 65 tokens are needed"),

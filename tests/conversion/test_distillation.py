@@ -283,3 +283,8 @@ def test_a_state_file_that_cannot_be(tmp_path, steps):
     message = "must name a file in a folder" if steps else "but there are no steps to make"
     with pytest.raises(ConversionError, match=message):
         check_state_file(place, steps)
+
+
+@pytest.mark.parametrize(("steps", "codes"), [(20, 16), (64, 51), (100, 64), (256, 192)])
+def test_codes_move_by_whole_iterations(steps, codes):
+    assert distillation.steps_for_codes(steps) == codes

@@ -85,6 +85,10 @@ def test_what_goes_together(embeddings):
     [
         ((0.9999999, 0.9), "`nested` holds 0.9999999, but: `param_reduction` 0.9999999 cannot be"),
         ((0.99, 0.1), "`nested` holds 0.1, but: `param_reduction` 0.1 makes codes"),
+        (
+            (0.76, 0.77, 0.78, 0.79, 0.8, 0.81),  # each alone is smaller
+            r"`nested` \[0.76, 0.77, 0.78, 0.79, 0.8, 0.81\] makes .* larger than the dense layer",
+        ),
         ((0.99, 0.990001), "`nested` holds 0.99 and .* the same 490 bits a token with V = 49152"),
     ],
 )

@@ -203,19 +203,19 @@ def test_what_was_distilled_of_several_sizes(of_several_sizes):
 def searched(report):
     report.max_perplexity_increase = 0.02
     report.candidates = [
-        Candidate(696, 765.6, 0.9861, 1.0312, None, None, False),
-        Candidate(720, 792.0, 0.9857, 1.0256, 1.0211, False, False),
-        Candidate(736, 809.6, 0.9853, 1.0241, 1.0196, True, True),
-        Candidate(12_800, 14_080.0, 0.7456, 1.0101, 1.00909, True, False),
+        Candidate(696, 765.6, 0.9861, 1.0312, None, 0.9412, None, False),
+        Candidate(720, 792.0, 0.9857, 1.0256, 1.0211, 0.9423, False, False),
+        Candidate(736, 809.6, 0.9853, 1.0241, 1.0196, 0.9434, True, True),
+        Candidate(12_800, 14_080.0, 0.7456, 1.0101, 1.00909, 0.9876, True, False),
     ]
     return report
 
 
 CELLS = [
-    ["696", "766", "98.6%", "x1.0312", "", ""],
-    ["720", "792", "98.6%", "x1.0256", "x1.0211", "no"],
-    ["736", "810", "98.5%", "x1.0241", "x1.0196", "chosen"],
-    ["12,800", "14,080", "74.6%", "x1.0101", "x1.0091", "yes"],
+    ["696", "766", "98.6%", "x1.0312", "", "94.1%", ""],
+    ["720", "792", "98.6%", "x1.0256", "x1.0211", "94.2%", "no"],
+    ["736", "810", "98.5%", "x1.0241", "x1.0196", "94.3%", "chosen"],
+    ["12,800", "14,080", "74.6%", "x1.0101", "x1.0091", "98.8%", "yes"],
 ]
 
 
@@ -240,6 +240,7 @@ def test_candidates_in_card_and_json(searched):
         "param_reduction": 0.9857,
         "fit_factor": 1.0256,
         "factor": 1.0211,
+        "greedy_agreement": 0.9423,
         "passed": False,
         "chosen": False,
     }
@@ -472,3 +473,13 @@ def test_refined_logits_without_text_or_times(of_refined_logits):
         "with the best logits scored again: bytes added",
         "same most likely token",
     ]
+
+
+def test_figures_that_are_not_finite_are_null_in_json(report):
+    report.fit = {"distillation": {"history": [(0, 0.5), (4, float("nan"))], "kl": float("inf")}}
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    told = json.loads(report.to_json(), parse_constant=refuse)["fit"]["distillation"]
+    assert told == {"history": [[0, 0.5], [4, None]], "kl": None}

@@ -61,7 +61,9 @@ def test_report_and_card_hold_what_was_tried(chosen):
         c.num_codebooks for c in chosen.candidates
     )
     card = open(f"{chosen.output}/README.md").read()
-    assert f"x{the_one(chosen).factor:.4f} | chosen |" in card
+    one = the_one(chosen)
+    assert f"x{one.factor:.4f} | {one.greedy_agreement:.1%} | chosen |" in card
+    assert one.greedy_agreement == pytest.approx(chosen.greedy_agreement, abs=1e-6)
     assert any("the evaluation text chose the size" in note for note in chosen.notes)
 
 
