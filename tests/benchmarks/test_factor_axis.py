@@ -15,5 +15,5 @@ def test_ticks_say_factors():
     panel.plot([height(1.2), height(3.0)])
     factor_axis(panel)
     labels = [label.get_text() for label in panel.get_yticklabels()]
-    assert labels == [f"x{factor:g}" for factor in TICKS]
-    assert list(panel.get_yticks()) == [math.log(factor) for factor in TICKS]
+    assert labels == ["x1.0005 or less", *(f"x{factor:g}" for factor in TICKS)]
+    assert list(panel.get_yticks()) == [math.log(factor) for factor in (FLOOR, *TICKS)]
