@@ -151,6 +151,14 @@ def test_a_model_of_margins_is_told_by_its_loss(example, inputs, tmp_path):
     assert VQLogitsConfig.from_pretrained(output).output_loss == "squared_hinge"
 
 
+def test_a_perplexity_beyond_float64_is_told(inputs, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    finetuning = importlib.import_module("finetuning")
+    task = finetuning.Task(AutoModelForCausalLM.from_pretrained(inputs / "vq"), *[None] * 5)
+    assert finetuning.describe_loss(1000.0, task) == "perplexity inf"
+    assert finetuning.describe_loss(0.0, task) == "perplexity 1.0000"
+
+
 @pytest.mark.parametrize("what", ["head", "all", "lora"])
 def test_perplexity_falls_and_the_output_loads(example, inputs, tmp_path, what):
     model, output, text = inputs / "vq", tmp_path / "tuned", inputs / "text.txt"

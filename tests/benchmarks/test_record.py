@@ -22,6 +22,8 @@ def test_a_result_says_how_to_make_it_again(monkeypatch, tmp_path):
     assert result["machine"]["cores"] >= 1
     write(result, tmp_path / "new" / "x.json")
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == result
+    write({"kl": [0.5, math.nan]}, tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"kl": [0.5, None]}
     monkeypatch.setattr(
         sys, "argv", ["speed.py", "--work", "some/where/work", "--output", "x.json"]
     )

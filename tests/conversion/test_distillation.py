@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2Model
@@ -269,6 +271,25 @@ def test_the_rate_follows_the_divergence(setting, monkeypatch, divergence):
     )
     setting.distill(20)
     assert rates == [pytest.approx(min(0.01, 0.1 * (divergence / R) ** 0.5))]
+
+
+def test_the_first_steps_of_adam_are_small(setting, monkeypatch):
+    """Its first would be as large as the rate in every number, whatever the gradient is."""
+    codebooks = []
+    original = distillation._HeadTraining._backward
+
+    def watched(self, hidden, levels):
+        codebooks.append(self._head.codebook.detach().clone())
+        original(self, hidden, levels)
+
+    monkeypatch.setattr(distillation._HeadTraining, "_backward", watched)
+    setting.distill(40, learning_rate=0.01)  # without a metric all steps are Adam's
+    moved = [float((after - before).abs().max()) for before, after in itertools.pairwise(codebooks)]
+    unit = 0.01 * float(codebooks[0].square().mean().sqrt())
+    assert len(moved) == 39
+    assert moved[0] == 0
+    assert moved[1] < 0.3 * unit
+    assert max(moved) > 0.7 * unit
 
 
 def test_too_little_text(setting):

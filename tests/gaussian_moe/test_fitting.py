@@ -197,6 +197,13 @@ def test_what_rounding_costs_is_told(caplog):
     assert not caplog.text
 
 
+def test_what_16_bits_cost_is_told(caplog):
+    x, y = lines()
+    with caplog.at_level(logging.WARNING):
+        fit_em(GaussianMoEModel(GaussianMoEConfig()).bfloat16(), x + 10, y, restarts=2)
+    assert "in the model's type, torch.bfloat16" in caplog.text
+
+
 def test_learned_and_scheduled_contradict():
     x, y = lines()
     model = GaussianMoEModel(GaussianMoEConfig(learn_temperature=True))

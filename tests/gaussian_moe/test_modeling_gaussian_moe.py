@@ -147,12 +147,16 @@ def test_autocast_loses_no_accuracy():
     mixture = random_mixture("linear")
     x, y = (values.float() for values in random_data(mixture))
     made = model_of(mixture).float()
-    wanted = made(x, labels=y), made.log_density(x, y), made.responsibilities(x, y)
+
+    def everything():
+        drawn = made.sample(x, torch.Generator().manual_seed(0))
+        more = made.log_density(x, y), made.responsibilities(x, y), drawn
+        return *made(x, labels=y).to_tuple(), *more
+
+    wanted = everything()
     with torch.autocast("cpu", torch.bfloat16):
-        got = made(x, labels=y), made.log_density(x, y), made.responsibilities(x, y)
-    for one, other in zip(
-        got[0].to_tuple() + got[1:], wanted[0].to_tuple() + wanted[1:], strict=True
-    ):
+        got = everything()
+    for one, other in zip(got, wanted, strict=True):
         assert torch.equal(one, other)
 
 
@@ -225,6 +229,9 @@ def test_compiles():
     made = model_of(mixture)
     compiled = torch.compile(made, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, labels=y).loss, made(x, labels=y).loss)
+    x[1, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="`x` holds values that are NaN or infinite"):
+        compiled(x, labels=y)
 
 
 def test_importing_the_package_registers_without_trainer():
