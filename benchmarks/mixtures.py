@@ -6,11 +6,12 @@ Each row is a head for gpt2-novels that the converter fits to WikiText-2, which 
 seen, of as many parameters as sign codes at `--param-reduction`: a mixture has fewer codewords, and
 so fewer bits a token, by what its gate, factors and shifts take. It is split, and the whole model
 trains on that text, no row twice: the same rows in the same order, the best of some learning rates,
-or of some beyond the last of them, by the loss on rows kept out of fit and training. A mixture's
-components begin nearly alike, so what only a mixture has learns at one of `MIXTURE_FACTORS` times
-the rate of the rest, the better one at the rate in the middle. Judged on other text, before and
-after; beside it the time of one row's logits and of the loss of 256 rows, in turns with one
-softmax.
+or of some beyond the last of them, by the loss on rows kept out of fit and training. The layer
+learns at one of `LAYER_FACTORS` times the rate of the body, or some beyond, the best one for one
+softmax at the rate in the middle; mixtures take the same. Their components begin nearly alike, so
+what only a mixture has learns at one of `MIXTURE_FACTORS` times the rate of the layer, chosen
+alike. Judged on other text, before and after; beside it the time of one row's logits and of the
+loss of 256 rows, in turns with one softmax.
 
 Each training is kept in `--work` and each row is written when it is done; what is there is not made
 again.
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -49,10 +50,11 @@ from .training import Schedule, fine_tune, judge, training_rows
 from .trainings import hold_out
 from .work_folder import WorkFolder
 
-# M and the activation of the gate.
+# M and the activation of the gate. One softmax comes first: mixtures are trained as suits it.
 MIXTURES = ((1, LINEAR), (2, LINEAR), (2, "gelu"), (4, LINEAR))
 RATES = (3e-4, 1e-3, 3e-3)
-MIXTURE_FACTORS = (30.0, 1.0)
+LAYER_FACTORS = (1.0, 3.0, 9.0)
+MIXTURE_FACTORS = (10.0, 1.0)
 SEEDS = (0, 1, 2)
 LOSS_ROWS = 256
 
@@ -67,6 +69,23 @@ def size_of(num_mixtures: int, vocab_size: int, hidden_size: int, reduction: flo
     row = hidden_size + 1
     parameters = plain.num_codebooks * row - num_mixtures * row
     return replace(plain, num_codebooks=parameters // (row + 2 * num_mixtures))
+
+
+class Rates(NamedTuple):
+    """Learning rates of one training.
+
+    Attributes:
+        body: after the warm-up.
+        layer: of the output layer, over that of the body.
+        mixture: of what only a mixture has, over that of the layer.
+    """
+
+    body: float
+    layer: float
+    mixture: float = 1.0
+
+    def __str__(self) -> str:
+        return f"rates {self.body:g} x{self.layer:g} x{self.mixture:g}"
 
 
 class Bench:
@@ -113,19 +132,19 @@ class Bench:
         size: HeadSize,
         head: VQLogitsHead,
         gate: dict[str, Any],
-        rate: float,
-        factor: float,
+        rates: Rates,
         seed: int,
     ) -> dict[str, Any]:
         """Train one model, and judge it."""
 
         def make() -> dict[str, Any]:
             model = self.model(size, head, gate, seed)
-            schedule = replace(self.schedule, mixture_factor=factor)
-            losses = fine_tune(model, self.rows, schedule, learning_rate=rate, seed=seed)
+            schedule = replace(self.schedule, head_factor=rates.layer, mixture_factor=rates.mixture)
+            losses = fine_tune(model, self.rows, schedule, learning_rate=rates.body, seed=seed)
             made: dict[str, Any] = {
-                "learning_rate": rate,
-                "mixture_factor": factor,
+                "learning_rate": rates.body,
+                "layer_factor": rates.layer,
+                "mixture_factor": rates.mixture,
                 "seed": seed,
                 "held_out_nats": judge(model, self.held)["held"].nats,
                 "last_losses": mean(losses[-max(1, len(losses) // 10) :]),
@@ -133,12 +152,12 @@ class Bench:
             }
             if gate["num_mixtures"] > 1:
                 made |= {"shares": self.shares(model), "differences": differences(model.lm_head)}
-            told = f"{gate}, rate {rate:g} (x{factor:g}), seed {seed}"
-            print(f"{told}: {made['held_out_nats']:.4f} nats", flush=True)
+            print(f"{gate}, {rates}, seed {seed}: {made['held_out_nats']:.4f} nats", flush=True)
             return made
 
         kind = f"{gate['num_mixtures']}-{gate['gate_activation']}"
-        return self.work.result(f"{kind}-rate{rate:g}-factor{factor:g}-seed{seed}", make)
+        name = f"rate{rates.body:g}-layer{rates.layer:g}-mixture{rates.mixture:g}-seed{seed}"
+        return self.work.result(f"{kind}-{name}", make)
 
     def trainings(
         self,
@@ -147,29 +166,45 @@ class Bench:
         gate: dict[str, Any],
         rates: Sequence[float],
         seeds: Sequence[int],
+        *,
+        layer_factor: float | None,
     ) -> dict[str, Any]:
-        """All that were tried with the first seed, and all seeds of the best one."""
-        first, *others = seeds
-        factors = MIXTURE_FACTORS if gate["num_mixtures"] > 1 else (1.0,)
+        """All that were tried with the first seed, and all seeds of the best one.
 
-        def train(rate: float, factor: float, seed: int = first) -> dict[str, Any]:
-            return self.run(size, head, gate, rate, factor, seed)
+        Args:
+            size: of the head.
+            head: fitted.
+            gate: of the mixture.
+            rates: of the body, those tried.
+            seeds: of the trainings.
+            layer_factor: of a mixture, the best one of one softmax.
+        """
+        first, *others = seeds
+        tried: dict[Rates, dict[str, Any]] = {}
+
+        def train(one: Rates) -> dict[str, Any]:
+            tried[one] = self.run(size, head, gate, one, first)
+            return tried[one]
 
         def loss(made: Mapping[str, Any]) -> float:
             return float(made["held_out_nats"])
 
         middle = sorted(rates)[len(rates) // 2]
-        by_factor = {one: train(middle, one) for one in factors}
-        factor = best(by_factor, loss)
-        found = search(lambda rate: train(rate, factor), rates, loss)
-        rate = best(found, loss)
+        if layer_factor is None:
+            layers = search(lambda layer: train(Rates(middle, layer)), LAYER_FACTORS, loss)
+            layer, mixture = best(layers, loss), 1.0
+        else:
+            layer = layer_factor
+            mixture = best({f: train(Rates(middle, layer, f)) for f in MIXTURE_FACTORS}, loss)
+        found = search(lambda rate: train(Rates(rate, layer, mixture)), rates, loss)
+        chosen = Rates(best(found, loss), layer, mixture)
         return {
-            "rate_at_edge": at_edge(rate, list(found)),
-            "tried": [
-                *found.values(),
-                *(made for one, made in by_factor.items() if one != factor),
+            "rate_at_edge": at_edge(chosen.body, list(found)),
+            "tried": list(tried.values()),
+            "runs": [
+                tried[chosen],
+                *(self.run(size, head, gate, chosen, seed) for seed in others),
             ],
-            "runs": [found[rate], *(train(rate, factor, seed) for seed in others)],
         }
 
     def perplexities(self, model: Any) -> dict[str, float]:
@@ -214,7 +249,9 @@ def measure(
         size = size_of(num_mixtures, vocab_size, hidden_size, reduction)
         head = bench.fitted(size)
         untrained = bench.model(size, head, gate, seeds[0])
-        trainings = bench.trainings(size, head, gate, rates, seeds)
+        of_one = [row for row in results.rows if row["num_mixtures"] == 1]
+        layer_factor = of_one[0]["runs"][0]["layer_factor"] if num_mixtures > 1 else None
+        trainings = bench.trainings(size, head, gate, rates, seeds, layer_factor=layer_factor)
         if plain is None:
             plain = head if num_mixtures == 1 else bench.fitted(one)
         row = {
@@ -257,6 +294,12 @@ def times(plain: VQLogitsHead, head: VQLogitsHead) -> dict[str, float]:
     return paired_medians(calls, hidden.device, lambda call: call())
 
 
+def rates_of(row: Mapping[str, Any]) -> Rates:
+    """The rates of a row's runs."""
+    run = row["runs"][0]
+    return Rates(run["learning_rate"], run["layer_factor"], run["mixture_factor"])
+
+
 def show(rows: Iterable[Mapping[str, Any]]) -> None:
     """Print means over seeds."""
     table = Table(title="mixtures of softmaxes, gpt2-novels")
@@ -273,7 +316,7 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
             table.add_row(
                 str(row["num_mixtures"]),
                 row["gate_activation"],
-                f"{row['runs'][0]['learning_rate']:g} x{row['runs'][0]['mixture_factor']:g}",
+                str(rates_of(row)),
                 str(row["num_codebooks"]),
                 f"{row['float_parameters']:,}",
                 f"{row['untrained'][text]:.3f}",
@@ -314,6 +357,7 @@ def main() -> None:
         "param_reduction": options.param_reduction,
         "schedule": vars(schedule),
         "candidate_rates": list(rates),
+        "layer_factors": list(LAYER_FACTORS),
         "mixture_factors": list(MIXTURE_FACTORS),
         "seeds": list(seeds),
         "loss_rows": LOSS_ROWS,

@@ -98,7 +98,8 @@ def mixtures() -> str:
     rows = results("mixtures")["rows"]
     texts = list(rows[0]["untrained"])
     header = (
-        "softmaxes | gate | R | float parameters | learning rate | of what only a mixture has | "
+        "softmaxes | gate | R | float parameters | learning rate | of the layer | "
+        "of what only a mixture has | "
         f"perplexity, {' / '.join(texts)}: fitted | trained | least to most | largest share | "
         "factors differ by, before and after | one row's logits | loss"
     )
@@ -111,6 +112,7 @@ def mixtures() -> str:
         yield str(row["num_codebooks"])
         yield f"{row['float_parameters']:,}"
         yield _rate(row["runs"][0]["learning_rate"], row["rate_at_edge"])
+        yield f"x{row['runs'][0]['layer_factor']:g}"
         yield "" if one else f"x{row['runs'][0]['mixture_factor']:g}"
         yield " / ".join(f"{row['untrained'][text]:.3f}" for text in texts)
         yield " / ".join(f"**{mean(runs):.3f}**" for runs in found)

@@ -27,13 +27,19 @@ def test_results_and_table(tiny_case, tmp_path, monkeypatch, capsys):
     one = rows[1, "linear"]
     for (num_mixtures, _), row in rows.items():
         tried, runs = row["tried"], row["runs"]
-        factors = {1.0} if num_mixtures == 1 else {1.0, 30.0}
-        assert {made["mixture_factor"] for made in tried} == factors
+        layers = {made["layer_factor"] for made in tried}
+        factors = {made["mixture_factor"] for made in tried}
+        if num_mixtures == 1:
+            assert layers >= {1.0, 3.0, 9.0}
+            assert factors == {1.0}
+        else:
+            assert layers == {one["runs"][0]["layer_factor"]}
+            assert factors == {1.0, 10.0}
         assert len({made["learning_rate"] for made in tried}) >= 2
         assert runs[0]["held_out_nats"] <= min(made["held_out_nats"] for made in tried)
         assert (row["untrained_differences"] is None) == (num_mixtures == 1)
         assert [made["seed"] for made in runs] == [0, 1]
-        assert len({(made["learning_rate"], made["mixture_factor"]) for made in runs}) == 1
+        assert {mixtures.rates_of({"runs": [made]}) for made in runs} == {mixtures.rates_of(row)}
         assert 0.9 < row["float_parameters"] / one["float_parameters"] <= 1
         assert all(seconds > 0 for seconds in row["seconds"].values())
         for made in row["runs"]:
@@ -77,7 +83,7 @@ def test_rows_that_choose_the_rate_are_kept_out_and_models_are_their_own(tiny_ca
     again = mixtures.Bench(tiny_case, work, schedule, 1).fitted(size)  # kept, not fitted anew
     assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
     gate = {"num_mixtures": 2, "gate_activation": "gelu"}
-    bench.run(size, head, gate, 1e-1, 2.0, 0)
+    bench.run(size, head, gate, mixtures.Rates(1e-1, 1.0, 2.0), 0)
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
     one, other = (bench.model(size, head, gate, seed) for seed in (0, 1))
     assert one.lm_head.gate_activation == "gelu"

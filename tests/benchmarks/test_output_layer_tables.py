@@ -100,7 +100,8 @@ def test_mixtures(monkeypatch, tmp_path):
     def run(perplexity, **more):
         return {
             "learning_rate": 3e-4,
-            "mixture_factor": 1.0,
+            "layer_factor": 3.0,
+            "mixture_factor": 10.0,
             "perplexity": {"novels": perplexity},
             **more,
         }
@@ -110,10 +111,10 @@ def test_mixtures(monkeypatch, tmp_path):
     (tmp_path / "mixtures.json").write_text(json.dumps({"rows": rows}))
     lines = output_layer_tables.mixtures().splitlines()
     assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|")
-    assert lines[2].startswith("| 1 |  | 490 | 127,000 | 0.0003 |  | 70.000 | **69.000** |")
+    assert lines[2].startswith("| 1 |  | 490 | 127,000 | 0.0003 | x3 |  | 70.000 | **69.000** |")
     assert lines[3].endswith(
-        "| 0.0003 | x1 | 70.000 | **67.000** | 66.000 to 68.000 | 0.75 | 0.007, 0.123 | x1.500 | "
-        "x2.000 |"
+        "| 0.0003 | x3 | x10 | 70.000 | **67.000** | 66.000 to 68.000 | 0.75 | 0.007, 0.123 | "
+        "x1.500 | x2.000 |"
     )
 
 
