@@ -54,7 +54,7 @@ from .work_folder import WorkFolder
 MIXTURES = ((1, LINEAR), (2, LINEAR), (2, "gelu"), (4, LINEAR))
 RATES = (3e-4, 1e-3, 3e-3)
 LAYER_FACTORS = (1.0, 3.0, 9.0)
-MIXTURE_FACTORS = (10.0, 1.0)
+MIXTURE_FACTORS = (0.1, 0.3, 1.0)
 SEEDS = (0, 1, 2)
 LOSS_ROWS = 256
 
@@ -195,7 +195,8 @@ class Bench:
             layer, mixture = best(layers, loss), 1.0
         else:
             layer = layer_factor
-            mixture = best({f: train(Rates(middle, layer, f)) for f in MIXTURE_FACTORS}, loss)
+            factors = search(lambda f: train(Rates(middle, layer, f)), MIXTURE_FACTORS, loss)
+            mixture = best(factors, loss)
         found = search(lambda rate: train(Rates(rate, layer, mixture)), rates, loss)
         chosen = Rates(best(found, loss), layer, mixture)
         return {
