@@ -193,14 +193,17 @@ class Bench:
         if layer_factor is None:
             layers = search(lambda layer: train(Rates(middle, layer)), LAYER_FACTORS, loss)
             layer, mixture = best(layers, loss), 1.0
+            factor_at_edge = at_edge(layer, list(layers))
         else:
             layer = layer_factor
             factors = search(lambda f: train(Rates(middle, layer, f)), MIXTURE_FACTORS, loss)
             mixture = best(factors, loss)
+            factor_at_edge = at_edge(mixture, list(factors))
         found = search(lambda rate: train(Rates(rate, layer, mixture)), rates, loss)
         chosen = Rates(best(found, loss), layer, mixture)
         return {
             "rate_at_edge": at_edge(chosen.body, list(found)),
+            "factor_at_edge": factor_at_edge,
             "tried": list(tried.values()),
             "runs": [
                 tried[chosen],

@@ -7,8 +7,8 @@ from typing import Any
 from .markdown import is_there, results, table, times
 
 
-def _rate(rate: float, at_edge: bool) -> str:
-    return f"{rate:g} (first or last of those tried)" if at_edge else f"{rate:g}"
+def _rate(rate: float, at_edge: bool, *, of: str = "") -> str:
+    return f"{of}{rate:g}" + (" (first or last of those tried)" if at_edge else "")
 
 
 def gru_svm() -> str:
@@ -112,8 +112,9 @@ def mixtures() -> str:
         yield str(row["num_codebooks"])
         yield f"{row['float_parameters']:,}"
         yield _rate(row["runs"][0]["learning_rate"], row["rate_at_edge"])
-        yield f"x{row['runs'][0]['layer_factor']:g}"
-        yield "" if one else f"x{row['runs'][0]['mixture_factor']:g}"
+        edge = row["factor_at_edge"]  # of the one that this row has searched
+        yield _rate(row["runs"][0]["layer_factor"], one and edge, of="x")
+        yield "" if one else _rate(row["runs"][0]["mixture_factor"], edge, of="x")
         yield " / ".join(f"{row['untrained'][text]:.3f}" for text in texts)
         yield " / ".join(f"**{mean(runs):.3f}**" for runs in found)
         yield " / ".join(f"{min(runs):.3f} to {max(runs):.3f}" for runs in found)

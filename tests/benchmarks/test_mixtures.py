@@ -36,6 +36,8 @@ def test_results_and_table(tiny_case, tmp_path, monkeypatch, capsys):
             assert layers == {one["runs"][0]["layer_factor"]}
             assert factors >= set(mixtures.MIXTURE_FACTORS)
         assert len({made["learning_rate"] for made in tried}) >= 2
+        assert len({made["held_out_nats"] for made in tried}) == len(tried)  # every rate is used
+        assert isinstance(row["factor_at_edge"], bool)
         assert runs[0]["held_out_nats"] <= min(made["held_out_nats"] for made in tried)
         assert (row["untrained_differences"] is None) == (num_mixtures == 1)
         assert [made["seed"] for made in runs] == [0, 1]

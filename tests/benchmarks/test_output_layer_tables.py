@@ -94,6 +94,7 @@ def test_mixtures(monkeypatch, tmp_path):
             "untrained_differences": {"factors": 0.0071},
             "runs": runs,
             "rate_at_edge": False,
+            "factor_at_edge": num_mixtures > 1,
             "seconds": {**seconds, "loss": loss, "loss_of_one_softmax": 0.1},
         }
 
@@ -113,8 +114,8 @@ def test_mixtures(monkeypatch, tmp_path):
     assert lines[0].count("|") == lines[2].count("|") == lines[3].count("|")
     assert lines[2].startswith("| 1 |  | 490 | 127,000 | 0.0003 | x3 |  | 70.000 | **69.000** |")
     assert lines[3].endswith(
-        "| 0.0003 | x3 | x10 | 70.000 | **67.000** | 66.000 to 68.000 | 0.75 | 0.007, 0.123 | "
-        "x1.500 | x2.000 |"
+        "| 0.0003 | x3 | x10 (first or last of those tried) | 70.000 | **67.000** | "
+        "66.000 to 68.000 | 0.75 | 0.007, 0.123 | x1.500 | x2.000 |"
     )
 
 
